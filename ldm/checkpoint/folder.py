@@ -1,0 +1,246 @@
+"""The diffusers folder layout, read and written: our native format.
+
+A model folder holds `model_index.json` and a folder a component: `unet/`, `vae/`, `text_encoder/`,
+`tokenizer/`, `scheduler/`. Parameter names inside are ours and diffusers' alike; this file
+translates the configurations and refuses, by name, an option that our models do not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ldm.checkpoint.io import (
+    load_weights,
+    read_json,
+    read_tensors,
+    to_dtype,
+    write_json,
+    write_tensors,
+)
+from ldm.config import AutoencoderConfig, ScheduleConfig, UNetConfig
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.errors import CheckpointError
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.text_encoder import TextEncoder
+from ldm.models.unet import UNet
+
+Model = TypeVar("Model", bound=nn.Module)
+
+WEIGHTS = "diffusion_pytorch_model"
+DIFFUSERS_VERSION = "0.35.0"  # the layout written here is read by this version and every later one
+
+# Options of diffusers' models at the only value that ours have, which is also the default there.
+UNET_FIXED = {
+    "act_fn": "silu",
+    "addition_embed_type": None,
+    "attention_type": "default",
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "resnet_time_scale_shift": "default",
+    "time_cond_proj_dim": None,
+    "time_embedding_type": "positional",
+}
+VAE_FIXED = {
+    "act_fn": "silu",
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "latents_mean": None,
+    "latents_std": None,
+}
+
+
+def save_unet(unet: UNet, folder: Path, *, variant: str | None = None) -> None:
+    """Write `config.json` and the weights, in the dtype they have."""
+    config = asdict(unet.config)
+    attention, heads = config.pop("cross_attention"), unet.config.heads
+    del config["num_attention_heads"]
+    config |= UNET_FIXED | {
+        "_class_name": "UNet2DConditionModel",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "down_block_types": [_block("Down", cross) for cross in attention],
+        "up_block_types": [_block("Up", cross) for cross in reversed(attention)],
+        # diffusers calls the number of heads `attention_head_dim`, for ever, by an old mistake.
+        "attention_head_dim": heads[0] if len(set(heads)) == 1 else heads,
+    }
+    write_json(folder / "config.json", config)
+    write_tensors(_weights_file(folder, variant), unet.state_dict())
+
+
+def load_unet(
+    folder: Path, *, dtype: torch.dtype | None = None, variant: str | None = None
+) -> UNet:
+    """Read a U-Net, in evaluation mode.
+
+    Args:
+        folder: the component's folder.
+        dtype: convert the weights; as stored when None.
+        variant: `fp16` reads `diffusion_pytorch_model.fp16.safetensors`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, an option is unknown to our U-Net, or the
+            weights do not fit the configuration.
+    """
+    stored = read_json(folder / "config.json")
+    _refuse_other(stored, UNET_FIXED, folder)
+    down = stored.get("down_block_types", [_block("Down", cross) for cross in (1, 1, 1, 0)])
+    up = stored.get("up_block_types", [_block("Up", cross) for cross in (0, 1, 1, 1)])
+    attention = tuple(kind == _block("Down", True) for kind in down)
+    if [_block("Down", cross) for cross in attention] != list(down) or [
+        _block("Up", cross) for cross in reversed(attention)
+    ] != list(up):
+        raise CheckpointError(f"{folder}: this U-Net has blocks that ldm does not: {down}, {up}")
+    heads = stored.get("num_attention_heads") or stored.get("attention_head_dim", 8)
+    known = {
+        "cross_attention": attention,
+        "num_attention_heads": heads if isinstance(heads, int) else tuple(heads),
+        "attention_head_dim": None,
+    }
+    config = UNetConfig(**_fields(UNetConfig, stored) | known)
+    return _load(lambda: UNet(config), folder, dtype, variant)
+
+
+def save_vae(vae: AutoencoderKL, folder: Path, *, variant: str | None = None) -> None:
+    """Write `config.json` and the weights, in the dtype they have."""
+    levels = len(vae.config.block_out_channels)
+    config = asdict(vae.config) | VAE_FIXED
+    config |= {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "shift_factor": vae.config.shift_factor or None,
+    }
+    write_json(folder / "config.json", config)
+    write_tensors(_weights_file(folder, variant), vae.state_dict())
+
+
+def load_vae(
+    folder: Path, *, dtype: torch.dtype | None = None, variant: str | None = None
+) -> AutoencoderKL:
+    """Read an autoencoder, in evaluation mode; arguments and errors as for `load_unet`."""
+    stored = read_json(folder / "config.json")
+    _refuse_other(stored, VAE_FIXED, folder)
+    config = _fields(AutoencoderConfig, stored)
+    config["shift_factor"] = config.get("shift_factor") or 0.0
+    return _load(lambda: AutoencoderKL(AutoencoderConfig(**config)), folder, dtype, variant)
+
+
+def save_schedule(schedule: NoiseSchedule, folder: Path) -> None:
+    """Write `scheduler_config.json` for diffusers' DDIMScheduler.
+
+    diffusers has no schedule by signal rates, so that one travels as a table of betas; our own
+    names for it stand beside the table under `_ldm`.
+    """
+    config = asdict(schedule.config)
+    rates = {key: config.pop(key) for key in ("min_signal_rate", "max_signal_rate")}
+    if config["beta_schedule"] == "cosine_signal_rates":
+        config["_ldm"] = {"beta_schedule": "cosine_signal_rates", **rates}
+        config["beta_schedule"] = "linear"
+        config["trained_betas"] = schedule.betas.tolist()
+    if config["timestep_spacing"] == "karras":  # a choice of sigmas, which DDIM there cannot make
+        config["_ldm"] = config.get("_ldm", {}) | {"timestep_spacing": "karras"}
+        config["timestep_spacing"] = "leading"
+    config |= {"_class_name": "DDIMScheduler", "_diffusers_version": DIFFUSERS_VERSION}
+    write_json(folder / "scheduler_config.json", config)
+
+
+def load_schedule(folder: Path) -> NoiseSchedule:
+    """Read a noise schedule, whichever of diffusers' schedulers the folder names."""
+    stored = read_json(folder / "scheduler_config.json")
+    ours = stored.pop("_ldm", {})
+    if ours.get("beta_schedule"):
+        stored["trained_betas"] = None
+    config = _fields(ScheduleConfig, stored | ours)
+    if config.get("trained_betas") is not None:
+        config["trained_betas"] = tuple(config["trained_betas"])
+    return NoiseSchedule(ScheduleConfig(**config))
+
+
+def save_index(folder: Path, defaults: Mapping[str, Any] | None = None) -> None:
+    """Write `model_index.json`: which library and class reads each component.
+
+    Args:
+        folder: the model folder.
+        defaults: settings that suit this model, such as its guidance scale; other tools ignore them.
+    """
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "_ldm": {"defaults": dict(defaults or {})},
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    write_json(folder / "model_index.json", index)
+
+
+def load_defaults(folder: Path) -> dict[str, Any]:
+    """The settings that `save_index` recorded; empty for models of other tools."""
+    return read_json(folder / "model_index.json").get("_ldm", {}).get("defaults", {})
+
+
+def load_text_encoder(
+    folder: Path, *, dtype: torch.dtype | None = None, variant: str | None = None
+) -> TextEncoder:
+    """Read `text_encoder/` and `tokenizer/` of a model folder."""
+    for part in ("text_encoder/config.json", "tokenizer/tokenizer_config.json"):
+        if not (folder / part).is_file():
+            raise CheckpointError(f"no file {folder / part}; is {folder} a whole model folder?")
+    return TextEncoder.from_folder(
+        folder / "text_encoder", folder / "tokenizer", dtype=dtype, variant=variant
+    )
+
+
+def _load(
+    build: Callable[[], Model], folder: Path, dtype: torch.dtype | None, variant: str | None
+) -> Model:
+    with torch.device("meta"):  # no time spent on weights about to be replaced
+        model = build()
+    file = _weights_file(folder, variant)
+    load_weights(model, to_dtype(read_tensors(file), dtype), file)
+    return model.eval()
+
+
+def _weights_file(folder: Path, variant: str | None) -> Path:
+    return folder / f"{WEIGHTS}{f'.{variant}' if variant else ''}.safetensors"
+
+
+def _fields(config_class: type, stored: Mapping[str, Any]) -> dict[str, Any]:
+    values = {f.name: stored[f.name] for f in fields(config_class) if f.name in stored}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def _refuse_other(stored: Mapping[str, Any], fixed: Mapping[str, Any], folder: Path) -> None:
+    for name, value in fixed.items():
+        if stored.get(name, value) != value:
+            raise CheckpointError(
+                f"{folder}: {name} is {stored[name]!r} in config.json; ldm has only {value!r}"
+            )
+
+
+def _block(direction: str, cross: object) -> str:
+    return f"CrossAttn{direction}Block2D" if cross else f"{direction}Block2D"

@@ -1,0 +1,76 @@
+"""From what a user types to a model folder. Imports no torch, so a wrong name is refused at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ldm.errors import CheckpointError, ConfigError, suggest
+
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
+
+
+def bundled_models() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(index.parent.name for index in PRETRAINED.glob("*/model_index.json"))
+
+
+def locate_model(
+    name: str | Path, *, revision: str | None = None, local_files_only: bool = False
+) -> Path:
+    """The folder of a model: a path, a bundled model's name, or an `owner/name` on the hub.
+
+    Args:
+        name: what the user typed.
+        revision: branch, tag or commit, for a model on the hub.
+        local_files_only: use only what the hub's cache holds already.
+
+    Raises:
+        ConfigError: no such model; the line names the nearest one.
+        CheckpointError: the hub does not have it, or cannot be reached.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ConfigError(f"model {name} is a file; give a model folder in the diffusers layout")
+    if (PRETRAINED / str(name) / "model_index.json").is_file():
+        return PRETRAINED / str(name)
+    if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
+        return _download(str(name), revision, local_files_only)
+    raise ConfigError(f"no model '{name}', neither a folder nor bundled; {_hint(str(name))}")
+
+
+def downsample_factor(model: Path) -> int:
+    """Picture pixels to one latent pixel along a side, read off the folder's `vae/config.json`."""
+    file = model / "vae" / "config.json"
+    try:
+        return 2 ** (len(json.loads(file.read_text(encoding="utf-8"))["block_out_channels"]) - 1)
+    except FileNotFoundError:
+        raise CheckpointError(f"no file {file}; is {model} a whole model folder?") from None
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{file} is damaged ({error!r}); write or fetch it again") from None
+
+
+def _hint(name: str) -> str:
+    names = bundled_models()
+    return suggest(name, names) if names else "give the path of a model folder"
+
+
+def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.txt", "*.safetensors"]
+    try:
+        folder = snapshot_download(
+            name, revision=revision, local_files_only=local_files_only, allow_patterns=patterns
+        )
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"model '{name}' is neither a folder nor in the hub's cache, and the hub was not"
+            " reached; check the path, or go online once"
+        ) from None
+    except HfHubHTTPError as error:
+        raise CheckpointError(f"the hub has no model '{name}' to give ({error})") from None
+    return Path(folder)

@@ -1,0 +1,281 @@
+"""The shapes of every model and of the noise schedule, as frozen dataclasses. Imports no torch.
+
+Field names are those of the diffusers configuration files where such a file exists, because that
+is the format of our model folders. Each class checks itself when it is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ldm.errors import ConfigError
+
+Prediction = Literal["epsilon", "v_prediction", "sample"]
+BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "cosine_signal_rates"]
+Spacing = Literal["leading", "trailing", "linspace", "karras"]
+SamplerName = Literal["ddpm", "ddim", "euler", "euler_a", "heun", "dpmpp_2m"]
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The cross-attention U-Net of Latent Diffusion (Rombach et al. 2022); defaults are SD 1.5.
+
+    Attributes:
+        sample_size: side of the latents it is trained on, in latent pixels.
+        in_channels: latent channels in; 9 for inpainting models.
+        out_channels: latent channels out.
+        block_out_channels: width of each resolution level, finest first.
+        layers_per_block: residual blocks a level (the decoder has one more).
+        cross_attention: which levels have transformer blocks, finest first.
+        transformer_layers_per_block: transformer blocks after each residual block.
+        cross_attention_dim: width of the text context.
+        num_attention_heads: heads by count, one number for all levels or one a level.
+        attention_head_dim: heads by width instead; give one of the two.
+        use_linear_projection: linear layers around the transformer (SD 2.x), 1x1 convs otherwise.
+        upcast_attention: carried for SD 2.1's folders; attention here always accumulates in fp32.
+        norm_num_groups: groups of every group normalisation.
+        norm_eps: epsilon of the residual blocks' group normalisation.
+    """
+
+    sample_size: int = 64
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    cross_attention: tuple[bool, ...] = (True, True, True, False)
+    transformer_layers_per_block: int = 1
+    cross_attention_dim: int = 768
+    num_attention_heads: int | tuple[int, ...] | None = None
+    attention_head_dim: int | None = None
+    use_linear_projection: bool = False
+    upcast_attention: bool = False
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if len(self.cross_attention) != len(self.block_out_channels):
+            raise ConfigError(
+                f"unet: cross_attention has {len(self.cross_attention)} entries and"
+                f" block_out_channels {len(self.block_out_channels)}; give one a level"
+            )
+        if (self.num_attention_heads is None) == (self.attention_head_dim is None):
+            raise ConfigError(
+                "unet: give num_attention_heads or attention_head_dim, one of the two"
+            )
+        _check_groups("unet", self.block_out_channels, self.norm_num_groups)
+        for width, heads in zip(self.block_out_channels, self.heads, strict=True):
+            if heads < 1 or width % heads:
+                raise ConfigError(
+                    f"unet: a width of {width} cannot be split into {heads} attention heads"
+                )
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Attention heads at each level, finest first."""
+        if self.attention_head_dim is not None:
+            return tuple(width // self.attention_head_dim for width in self.block_out_channels)
+        if isinstance(self.num_attention_heads, int):
+            return (self.num_attention_heads,) * len(self.block_out_channels)
+        heads = tuple(self.num_attention_heads or ())
+        if len(heads) != len(self.block_out_channels):
+            raise ConfigError(
+                f"unet: num_attention_heads has {len(heads)} entries and block_out_channels"
+                f" {len(self.block_out_channels)}; give one number, or one a level"
+            )
+        return heads
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The KL-regularised autoencoder of Latent Diffusion; defaults are Stable Diffusion's (f8).
+
+    Attributes:
+        in_channels: channels of a picture in.
+        out_channels: channels of a picture out.
+        latent_channels: channels of the latents.
+        block_out_channels: width of each level, finest first; n levels shrink by 2 ** (n - 1).
+        layers_per_block: residual blocks a level (the decoder has one more).
+        norm_num_groups: groups of every group normalisation.
+        sample_size: side of the training pictures, in pixels.
+        scaling_factor: what the raw latents are multiplied by to have unit variance.
+        shift_factor: what is subtracted from the raw latents before that.
+        mid_block_add_attention: one self-attention at the lowest resolution.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    sample_size: int = 512
+    scaling_factor: float = 0.18215
+    shift_factor: float = 0.0
+    mid_block_add_attention: bool = True
+
+    def __post_init__(self) -> None:
+        _check_groups("vae", self.block_out_channels, self.norm_num_groups)
+        if self.scaling_factor <= 0:
+            raise ConfigError(f"vae: scaling_factor is {self.scaling_factor}; it must be positive")
+
+    @property
+    def downsample_factor(self) -> int:
+        """Picture pixels to one latent pixel, along a side: the f of f4 and f8."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The forward process q(x_t | x_0) and what the network predicts of it.
+
+    Attributes:
+        num_train_timesteps: T, the length of the discrete chain.
+        beta_schedule: `linear` (DDPM), `scaled_linear` (Latent Diffusion: linear in the square
+            root), `squaredcos_cap_v2` (improved DDPM), or `cosine_signal_rates` (the continuous
+            cosine schedule of the Keras DDIM example, which the two rates below bound).
+        beta_start: first beta, for the linear schedules.
+        beta_end: last beta, for the linear schedules.
+        min_signal_rate: sqrt(alpha_bar) at the noisiest time, for `cosine_signal_rates`.
+        max_signal_rate: sqrt(alpha_bar) at the cleanest time, for `cosine_signal_rates`.
+        prediction_type: what the network returns: epsilon, v_prediction or sample (x0).
+        rescale_betas_zero_snr: shift the schedule to end at pure noise (Lin et al. 2024).
+        timestep_spacing: which timesteps a sampler visits, unless it is told.
+        steps_offset: what `leading` spacing adds to every timestep (1 in Stable Diffusion).
+        set_alpha_to_one: whether a sampler's last step goes to sigma 0 or to timestep 0.
+        clip_sample: clip the predicted x0 to [-1, 1]; for models that work on pixels.
+        trained_betas: a table of T betas to use instead of a formula.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_schedule: BetaSchedule = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    min_signal_rate: float = 0.02
+    max_signal_rate: float = 0.95
+    prediction_type: Prediction = "epsilon"
+    rescale_betas_zero_snr: bool = False
+    timestep_spacing: Spacing = "leading"
+    steps_offset: int = 1
+    set_alpha_to_one: bool = False
+    clip_sample: bool = False
+    trained_betas: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_train_timesteps < 2:
+            raise ConfigError(
+                f"schedule: num_train_timesteps is {self.num_train_timesteps}; it must be 2 or more"
+            )
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ConfigError(
+                f"schedule: need 0 < beta_start <= beta_end < 1, not {self.beta_start} and"
+                f" {self.beta_end}"
+            )
+        if not 0 < self.min_signal_rate < self.max_signal_rate < 1:
+            raise ConfigError(
+                f"schedule: need 0 < min_signal_rate < max_signal_rate < 1, not"
+                f" {self.min_signal_rate} and {self.max_signal_rate}"
+            )
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """One transformer of a CLIP model."""
+
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"clip: a width of {self.hidden_size} cannot be split into"
+                f" {self.num_attention_heads} attention heads"
+            )
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """A CLIP model to train from scratch (Radford et al. 2021).
+
+    Attributes:
+        text: the text tower.
+        vision: the vision tower.
+        vocab_size: tokens kept of CLIP's own 49,408; the most frequent merges come first.
+        max_position_embeddings: tokens a prompt can have, the start and end tokens included.
+        projection_dim: width of the space in which pictures and captions meet.
+        image_size: side of the pictures, in pixels.
+        patch_size: side of the vision tower's patches, in pixels.
+    """
+
+    text: TowerConfig = field(default_factory=TowerConfig)
+    vision: TowerConfig = field(default_factory=TowerConfig)
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
+    projection_dim: int = 128
+    image_size: int = 64
+    patch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ConfigError(
+                f"clip: image_size {self.image_size} is not a multiple of patch_size"
+                f" {self.patch_size}"
+            )
+        if not 514 <= self.vocab_size <= 49408:
+            raise ConfigError(
+                f"clip: vocab_size is {self.vocab_size}; it must lie between 514 (single bytes and"
+                " the two markers) and 49408 (all of CLIP's)"
+            )
+
+
+@dataclass(frozen=True)
+class ModelPreset:
+    """The three configurations that make a text-to-image model."""
+
+    unet: UNetConfig
+    vae: AutoencoderConfig
+    schedule: ScheduleConfig
+
+
+def check_size(height: int, width: int, factor: int) -> None:
+    """Refuse a picture size in pixels that latents of this downsampling factor cannot have.
+
+    Raises:
+        ConfigError: a side is not a positive multiple; the line names the nearest that is.
+    """
+    for name, side in (("height", height), ("width", width)):
+        if side < factor or side % factor:
+            near = max(factor, round(side / factor) * factor)
+            raise ConfigError(
+                f"{name} is {side}; it must be a positive multiple of {factor}, such as {near}"
+            )
+
+
+def _check_groups(model: str, widths: tuple[int, ...], groups: int) -> None:
+    bad = [width for width in widths if width % groups]
+    if not widths or bad:
+        raise ConfigError(
+            f"{model}: block_out_channels {widths} must be multiples of norm_num_groups {groups}"
+        )
+
+
+PRESETS: dict[str, ModelPreset] = {
+    "sd15": ModelPreset(UNetConfig(num_attention_heads=8), AutoencoderConfig(), ScheduleConfig()),
+    "sd21": ModelPreset(
+        UNetConfig(cross_attention_dim=1024, attention_head_dim=64, use_linear_projection=True),
+        AutoencoderConfig(),
+        ScheduleConfig(),
+    ),
+    "sd21-v": ModelPreset(
+        UNetConfig(
+            sample_size=96,
+            cross_attention_dim=1024,
+            attention_head_dim=64,
+            use_linear_projection=True,
+            upcast_attention=True,
+        ),
+        AutoencoderConfig(sample_size=768),
+        ScheduleConfig(prediction_type="v_prediction"),
+    ),
+}

@@ -1,0 +1,103 @@
+"""From a stored picture to the network's input: one function, the same in training and measuring.
+
+Letters: b batch, c channels, h height, w width; pictures are h w c as arrays, c h w as tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from ldm.errors import ConfigError, DataError, suggest
+from ldm.rng import Draws
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture as a viewer shows it: upright, on white, 8 bits a channel, RGB.
+
+    EXIF rotation is applied; whatever is transparent is laid over white; 16-bit grey is scaled by
+    1 / 257; 1-bit, palette, grey and CMYK pictures are converted.
+
+    Raises:
+        DataError: the pixels cannot be read.
+    """
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            return _from_deep_grey(image)
+        if image.has_transparency_data:
+            # Resampling comes later, so that hidden colours never bleed into the visible ones.
+            colors = image.convert("RGBA")
+            white = Image.new("RGBA", colors.size, (255, 255, 255, 255))
+            return Image.alpha_composite(white, colors).convert("RGB")
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"the picture is damaged or cut short ({error})") from error
+
+
+def prepare(
+    image: Image.Image,
+    resolution: int,
+    *,
+    center_crop: bool = True,
+    random_flip: bool = False,
+    draws: Draws | None = None,
+    interpolation: Interpolation = "lanczos",
+    key: str = "",
+) -> torch.Tensor:
+    """Scale the shorter side to `resolution`, crop a square, perhaps mirror it.
+
+    Args:
+        image: any picture; a smaller one is enlarged.
+        resolution: side of the square, in pixels.
+        center_crop: cut out the middle; otherwise a place that `draws` chooses.
+        random_flip: mirror left and right, half of the times, by `draws`.
+        draws: the sample's own random numbers. Always three are taken, whatever is asked for.
+        interpolation: the filter; all of them are antialiased but `nearest`.
+        key: the sample's name, for error messages.
+
+    Returns:
+        float32 in [-1, 1], of shape (3, resolution, resolution).
+
+    Raises:
+        ConfigError: the filter does not exist, or something random is asked for without draws.
+        DataError: the pixels cannot be read.
+    """
+    name = interpolation.upper()
+    if name not in Image.Resampling.__members__:
+        raise ConfigError(
+            f"interpolation: {interpolation!r} is no filter;"
+            f" {suggest(interpolation, map(str.lower, Image.Resampling.__members__))}"
+        )
+    if draws is None and (random_flip or not center_crop):
+        raise ConfigError("random_flip and a random crop need draws")
+    try:
+        image = to_rgb(image)
+    except DataError as error:
+        raise DataError(f"{key}: {error}" if key else str(error)) from error
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    across, down, mirror = (0.5, 0.5, 1.0) if draws is None else draws.uniform(3).tolist()
+    if center_crop:
+        left, top = (width - resolution) // 2, (height - resolution) // 2
+    else:
+        left = int(across * (width - resolution + 1))
+        top = int(down * (height - resolution + 1))
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling[name])
+    image = image.crop((left, top, left + resolution, top + resolution))
+    pixels = np.asarray(image, dtype=np.float32)
+    if random_flip and mirror < 0.5:
+        pixels = pixels[:, ::-1]
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)) / 127.5 - 1)  # c h w
+
+
+def _from_deep_grey(image: Image.Image) -> Image.Image:
+    """16-bit grey, in any of PIL's integer modes, to RGB; PIL itself would clip it at 255."""
+    grey = (np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")

@@ -1,0 +1,173 @@
+"""The `clip` stage: a small CLIP from scratch, whose text tower then conditions the U-Net.
+
+Source: Radford et al. 2021, section 2.3 and figure 3.
+
+Legend: b batch, n tokens of a caption, d width of the shared space, g global batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ldm.config import ClipConfig, TowerConfig
+from ldm.data.sources import DataSource
+from ldm.models.text_encoder import TextEncoder, TransformersTower
+from ldm.training.config import ClipTraining
+from ldm.training.stage import Batch, Stage, load_pixels
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPTokenizer
+
+# What CLIP normalises pictures by (Radford et al. 2021): saved in the vision tower's preprocessor.
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MAX_TEMPERATURE = 100.0  # the logits' scale is clipped here, as in the paper
+
+
+@dataclass(frozen=True)
+class ClipData(Dataset[Batch]):
+    """Pixels and their caption."""
+
+    source: DataSource
+    config: ClipTraining
+    validation: bool
+
+    def __getitem__(self, place: tuple[int, int]) -> Batch:
+        index, visit = place
+        pixels = load_pixels(self.source, index, visit, self.config, augment=not self.validation)
+        return {"pixels": pixels, "caption": self.source[index].caption}
+
+
+class ClipStage(Stage):
+    """Trains both towers of a transformers CLIPModel."""
+
+    monitor: ClassVar[str] = "accuracy"
+    config: ClipTraining
+
+    def __init__(self, config: ClipTraining):
+        super().__init__(config)
+        torch.manual_seed(config.seed)
+        self.tokenizer = clip_tokenizer(config.clip)
+        self.clip = build_clip(config.clip)
+        self.players: dict[str, nn.Module] = {"clip": self.clip}
+
+    def setup(self, train: DataSource, validation: DataSource, device: torch.device) -> None:
+        self.mean = torch.tensor(MEAN, device=device).reshape(1, 3, 1, 1)
+        self.std = torch.tensor(STD, device=device).reshape(1, 3, 1, 1)
+
+    def dataset(self, source: DataSource, *, validation: bool) -> ClipData:
+        return ClipData(source, self.config, validation)
+
+    def loss(self, player: str, batch: Batch, step: int) -> dict[str, Tensor]:
+        images, texts, scale = self._embed(self.players["clip"], batch)  # b d, b d
+        images, texts = _gather(images), _gather(texts)  # g d
+        logits = scale.clamp(max=MAX_TEMPERATURE) * images @ texts.T  # g g
+        own = torch.arange(len(logits), device=logits.device)
+        loss = 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))
+        accuracy = (logits.argmax(1) == own).float().mean()
+        return {"loss": loss, "accuracy": accuracy}
+
+    def validate(self, batch: Batch) -> dict[str, Tensor]:
+        """The contrastive loss and the share of pictures that find their caption, in this batch."""
+        images, texts, scale = self._embed(self.clip, batch)
+        logits = scale.clamp(max=MAX_TEMPERATURE) * images @ texts.T  # b b
+        own = torch.arange(len(logits), device=logits.device)
+        both = F.cross_entropy(logits, own, reduction="none")
+        both = both + F.cross_entropy(logits.T, own, reduction="none")
+        return {"loss": both / 2, "accuracy": (logits.argmax(1) == own).float()}
+
+    def save(self, folder: Path) -> None:
+        """Write `clip/` (both towers), and `text_encoder/` and `tokenizer/` for the U-Net stage."""
+        from transformers import CLIPImageProcessor
+
+        TextEncoder(TransformersTower(self.clip.text_model, self.tokenizer)).save(
+            folder / "text_encoder", folder / "tokenizer"
+        )
+        self.clip.text_model.requires_grad_(True)
+        self.clip.save_pretrained(folder / "clip")
+        self.tokenizer.save_pretrained(folder / "clip")
+        size = self.config.clip.image_size
+        CLIPImageProcessor(
+            size={"shortest_edge": size}, crop_size=size, image_mean=list(MEAN), image_std=list(STD)
+        ).save_pretrained(folder / "clip")
+
+    def _embed(self, clip: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit vectors of pictures and of captions, b d each, and the scale of their logits."""
+        pixels = ((batch["pixels"] + 1) / 2 - self.mean) / self.std  # b 3 h w
+        tokens = self.tokenizer(
+            batch["caption"],
+            padding="max_length",
+            max_length=self.config.clip.max_position_embeddings,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids.to(pixels.device)  # b n
+        output = clip(input_ids=tokens, pixel_values=pixels)
+        scale = self.clip.logit_scale.exp()
+        return output.image_embeds.float(), output.text_embeds.float(), scale
+
+
+def build_clip(config: ClipConfig) -> CLIPModel:
+    """A transformers CLIPModel with random weights."""
+    from transformers import CLIPConfig, CLIPModel
+
+    start, end = config.vocab_size - 2, config.vocab_size - 1
+    text = _tower(config.text, config.projection_dim) | {
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "bos_token_id": start,
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
+    vision = _tower(config.vision, config.projection_dim) | {
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+    }
+    return CLIPModel(
+        CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.projection_dim)
+    )
+
+
+def clip_tokenizer(config: ClipConfig) -> CLIPTokenizer:
+    """CLIP's byte-pair encoding, cut to its first and most frequent merges.
+
+    Every text can still be written, since the single bytes stay; rarer words take more tokens.
+    The merges come inside open_clip's package.
+    """
+    import gzip
+
+    from open_clip.tokenizer import bytes_to_unicode, default_bpe
+    from transformers import CLIPTokenizer
+
+    with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")[1:]  # the first line is a version
+    merges = [line.split() for line in lines[: config.vocab_size - 514]]
+    letters = list(bytes_to_unicode().values())
+    words = letters + [letter + "</w>" for letter in letters]
+    words += ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={word: i for i, word in enumerate(words)},
+        merges=[tuple(pair) for pair in merges],  # type: ignore[arg-type]
+        model_max_length=config.max_position_embeddings,
+    )
+
+
+def _tower(config: TowerConfig, projection_dim: int) -> dict[str, Any]:
+    return asdict(config) | {
+        "intermediate_size": 4 * config.hidden_size,
+        "projection_dim": projection_dim,
+    }
+
+
+def _gather(vectors: Tensor) -> Tensor:
+    """The rows of all processes, in order, with their gradients: b d -> g d."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return vectors
+    return torch.cat(dist_nn.all_gather(vectors))

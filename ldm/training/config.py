@@ -1,0 +1,238 @@
+"""What a training run can be told: one schema for the options all stages share, and one a stage.
+
+The names are those of the diffusers example scripts. One word means something stricter here:
+`train_batch_size` is the number of pictures in an optimizer step **over all processes**, however
+many there are and however the step is accumulated, so that a run does not depend on either.
+Imports no torch: a misspelt key is refused before anything heavy loads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ldm.config import AutoencoderConfig, ClipConfig, ScheduleConfig, UNetConfig
+from ldm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Options of every stage.
+
+    Attributes:
+        output_dir: where checkpoints, logs and the finished model go.
+        train_data_dir: a folder, a WebDataset tar, a glob of tars, or `flowers` (procedural).
+        caption_column: the caption's name in metadata.jsonl.
+        caption_extension: of the caption files that lie beside pictures.
+        validation_split: share of the data that is kept back for the validation loss.
+        max_train_samples: use only so many samples; all when not given.
+        resolution: side of the training pictures, in pixels.
+        center_crop: crop the centre of a picture; a random part when off.
+        random_flip: mirror every second picture.
+        image_interpolation_mode: how pictures are resized.
+        seed: of every random number of the run.
+        train_batch_size: pictures in an optimizer step, over all processes and accumulation.
+        gradient_accumulation_steps: pieces in which each process works through its share.
+        max_train_steps: optimizer steps.
+        learning_rate: after warm-up.
+        lr_scheduler: what the learning rate does after warm-up, down to zero at the last step.
+        lr_warmup_steps: optimizer steps of linear warm-up.
+        adam_beta1: decay of AdamW's first moment.
+        adam_beta2: decay of AdamW's second moment.
+        adam_weight_decay: decoupled weight decay.
+        adam_epsilon: of AdamW.
+        max_grad_norm: gradients are clipped to this norm.
+        mixed_precision: what the forward pass computes in; weights are always float32.
+        gradient_checkpointing: recompute activations instead of keeping them.
+        use_ema: save an exponential moving average of the weights as the model.
+        ema_decay: of that average, after its own warm-up.
+        dataloader_num_workers: processes that read and prepare pictures.
+        checkpointing_steps: optimizer steps between checkpoints.
+        checkpoints_total_limit: how many checkpoints to keep; all when not given.
+        resume_from_checkpoint: `latest`, or a checkpoint's folder.
+        validation_steps: optimizer steps between validations, each with its sample grid.
+        validation_samples: pictures in the validation loss.
+        logging_steps: optimizer steps between writes of metrics.jsonl and the trackers.
+        report_to: an Accelerate tracker, such as `tensorboard` or `wandb`.
+    """
+
+    output_dir: Path = Path("outputs/model")
+    train_data_dir: str = "flowers"
+    caption_column: str = "text"
+    caption_extension: str = ".txt"
+    validation_split: float = 0.05
+    max_train_samples: int | None = None
+    resolution: int = 64
+    center_crop: bool = True
+    random_flip: bool = False
+    image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "lanczos"
+    seed: int = 42
+    train_batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    max_train_steps: int = 10_000
+    learning_rate: float = 1e-4
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: int = 500
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 1e-2
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    use_ema: bool = True
+    ema_decay: float = 0.999
+    dataloader_num_workers: int = 0
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int | None = 3
+    resume_from_checkpoint: str | None = None
+    validation_steps: int = 500
+    validation_samples: int = 256
+    logging_steps: int = 10
+    report_to: str | None = "tensorboard"
+
+    def __post_init__(self) -> None:
+        positive = (
+            "resolution", "train_batch_size", "gradient_accumulation_steps", "max_train_steps",
+            "learning_rate", "max_grad_norm", "checkpointing_steps", "validation_steps",
+            "validation_samples", "logging_steps",
+        )  # fmt: skip
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
+        for name in ("validation_split", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        if self.train_batch_size % self.gradient_accumulation_steps:
+            raise ConfigError(
+                f"train_batch_size {self.train_batch_size} cannot be split into"
+                f" gradient_accumulation_steps {self.gradient_accumulation_steps} equal pieces"
+            )
+
+
+@dataclass(frozen=True)
+class VaeTraining(TrainingConfig):
+    """Options of the `vae` stage: L1 + KL + perceptual + adversarial loss (Esser et al. 2021).
+
+    Attributes:
+        vae: the autoencoder to train from scratch.
+        pretrained_model_name_or_path: a model whose autoencoder to train on instead.
+        rec_loss: the reconstruction loss, a mean over pixels and channels.
+        kl_scale: weight of the KL divergence, a mean over pixels and channels likewise.
+        perceptual_scale: weight of LPIPS (needs the `lpips` package and its VGG weights).
+        disc_start: the optimizer step at which the discriminator joins; never when not given.
+        disc_scale: weight of the adversarial loss, times the adaptive weight.
+        disc_learning_rate: of the discriminator; that of the autoencoder when not given.
+    """
+
+    vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    pretrained_model_name_or_path: str | None = None
+    rec_loss: Literal["l1", "l2"] = "l1"
+    kl_scale: float = 1e-6
+    perceptual_scale: float = 0.0
+    disc_start: int | None = None
+    disc_scale: float = 0.5
+    disc_learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resolution % self.vae.downsample_factor:
+            raise ConfigError(
+                f"resolution {self.resolution} is not a multiple of {self.vae.downsample_factor},"
+                " the autoencoder's downsampling factor"
+            )
+        if self.mixed_precision == "fp16" and self.disc_start is not None:
+            raise ConfigError("two optimizers cannot share one fp16 loss scale; use bf16")
+
+
+@dataclass(frozen=True)
+class ClipTraining(TrainingConfig):
+    """Options of the `clip` stage: the symmetric contrastive loss (Radford et al. 2021).
+
+    Attributes:
+        clip: the two towers and the vocabulary.
+    """
+
+    clip: ClipConfig = field(default_factory=ClipConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resolution != self.clip.image_size:
+            raise ConfigError(
+                f"resolution {self.resolution} and clip.image_size {self.clip.image_size} differ;"
+                " make them equal"
+            )
+        if self.gradient_accumulation_steps > 1:
+            raise ConfigError(
+                "the contrastive loss compares every pair of a batch, so it cannot be accumulated;"
+                " set gradient_accumulation_steps to 1"
+            )
+
+
+@dataclass(frozen=True)
+class UNetTraining(TrainingConfig):
+    """Options of the `unet` stage: the epsilon objective with frozen VAE and text encoder.
+
+    Attributes:
+        pretrained_model_name_or_path: the model whose VAE and text encoder are used, and whose
+            U-Net and noise schedule are trained on, unless the options below say otherwise.
+        pretrained_vae_model_name_or_path: take the VAE from this model or checkpoint instead.
+        pretrained_text_encoder_name_or_path: take the text encoder from here instead.
+        unet: a U-Net to train from scratch.
+        schedule: the noise schedule of a U-Net trained from scratch.
+        proportion_empty_prompts: captions dropped to "", so that guidance has its other half.
+        snr_gamma: weigh the loss by min-SNR-gamma (Hang et al. 2023); 5 is the paper's choice.
+        cache_latents: encode every picture and caption once, into memory, before the first step.
+        validation_prompts: what the sample grids draw; captions of the data when not given.
+        num_validation_images: pictures a prompt in the sample grids.
+        guidance_scale: of the sample grids, and the finished model's own default.
+        num_inference_steps: of the sample grids, and the finished model's own default.
+    """
+
+    pretrained_model_name_or_path: str = "flowers"
+    pretrained_vae_model_name_or_path: str | None = None
+    pretrained_text_encoder_name_or_path: str | None = None
+    unet: UNetConfig | None = None
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    proportion_empty_prompts: float = 0.1
+    snr_gamma: float | None = None
+    cache_latents: bool = False
+    validation_prompts: tuple[str, ...] = ()
+    num_validation_images: int = 4
+    guidance_scale: float = 7.5
+    num_inference_steps: int = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.proportion_empty_prompts <= 1:
+            raise ConfigError(
+                f"proportion_empty_prompts is {self.proportion_empty_prompts}; it must lie in [0, 1]"
+            )
+        if self.cache_latents and (self.random_flip or not self.center_crop):
+            raise ConfigError(
+                "cache_latents keeps one view of a picture; turn random_flip off and center_crop on"
+            )
+
+
+STAGES: dict[str, type[TrainingConfig]] = {
+    "vae": VaeTraining,
+    "clip": ClipTraining,
+    "unet": UNetTraining,
+}
+
+
+def learning_rate_at(config: TrainingConfig, step: int, base: float | None = None) -> float:
+    """The learning rate of optimizer step `step` (0 the first): a pure function, nothing to save.
+
+    Linear warm-up, then constant, or down to zero along a line or half a cosine.
+    """
+    from math import cos, pi
+
+    base = config.learning_rate if base is None else base
+    warmup = min(config.lr_warmup_steps, config.max_train_steps)
+    if step < warmup:
+        return base * (step + 1) / warmup
+    done = (step - warmup) / max(config.max_train_steps - warmup, 1)
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + cos(pi * done))}
+    return base * decay[config.lr_scheduler]

@@ -1,0 +1,347 @@
+"""The training loop: one for every stage.
+
+for each step:  for each piece of this process's share:  for each player:  loss -> backward
+                for each player:  clip -> AdamW -> average
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_tensorboard_available
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ldm.data.order import check_length, positions, rank_slots
+from ldm.data.sources import DataSource, Subset, open_source, split_source
+from ldm.errors import ConfigError, suggest
+from ldm.training.config import STAGES, TrainingConfig, learning_rate_at
+from ldm.training.stage import Batch, Stage
+from ldm.training.state import TrainingState, checkpoints, find_checkpoint, publish
+
+
+def open_data(config: TrainingConfig) -> tuple[DataSource, DataSource]:
+    """The training and the validation samples of a run.
+
+    Raises:
+        DataError: there are none, or fewer than a batch.
+    """
+    options = {
+        "caption_column": config.caption_column,
+        "caption_extension": config.caption_extension,
+    }
+    if config.train_data_dir == "flowers":
+        train = open_source("flowers", split="train")
+        validation = open_source("flowers", split="validation")
+    else:
+        source = open_source(config.train_data_dir, **options)
+        train, validation = split_source(source, config.validation_split, config.seed)
+    if config.max_train_samples:
+        train = Subset(train, range(min(config.max_train_samples, len(train))))
+    check_length(len(train), config.train_batch_size)
+    return train, validation
+
+
+def make_stage(name: str, config: Any) -> Stage:
+    """The stage of this name."""
+    match name:
+        case "vae":
+            from ldm.training.vae import VaeStage as Maker
+        case "clip":
+            from ldm.training.clip import ClipStage as Maker
+        case "unet":
+            from ldm.training.unet import UNetStage as Maker
+        case _:
+            raise ConfigError(f"no stage '{name}'; {suggest(name, STAGES)}")
+    return Maker(config)
+
+
+def train(name: str, config: TrainingConfig) -> Path:
+    """Train a stage to its last step.
+
+    Args:
+        name: the stage: `vae`, `clip` or `unet`.
+        config: the run's options, of the class that the stage has.
+
+    Returns:
+        The output folder, which then holds the finished model.
+
+    Raises:
+        ConfigError: the batch cannot be shared out over the processes.
+        DataError: the data cannot be used.
+        CheckpointError: the checkpoint to resume from cannot be used.
+    """
+    data, validation_data = open_data(config)
+    stage = make_stage(name, config)
+    tracker = _tracker(config)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, log_with=tracker, project_dir=config.output_dir
+    )
+    say = accelerator.print
+    if not config.resume_from_checkpoint and checkpoints(config.output_dir):
+        raise ConfigError(
+            f"{config.output_dir} holds checkpoints already; add --resume_from_checkpoint latest to"
+            " go on, or choose another --output_dir"
+        )
+    accelerator.wait_for_everyone()
+    stage.setup(data, validation_data, accelerator.device)
+    for module in stage.players.values():
+        module.to(accelerator.device, memory_format=torch.channels_last).train()
+    state = TrainingState(stage, config, data.fingerprint)
+    state.scaler = accelerator.scaler
+    if resume := config.resume_from_checkpoint:
+        if folder := find_checkpoint(resume, config.output_dir):
+            state.load(folder)
+            say(f"resumed from {folder}")
+        else:
+            say(f"nothing to resume in {config.output_dir}: starting at step 0")
+    for name in stage.players:
+        stage.players[name] = accelerator.prepare(stage.players[name])
+    optimizers = {name: accelerator.prepare(state.optimizers[name]) for name in state.optimizers}
+    log = _Log(accelerator, config, state.step, tracker)
+    parameters = sum(p.numel() for m in state.modules.values() for p in m.parameters())
+    say(
+        f"{len(data)} samples, {len(validation_data)} for validation;"
+        f" {parameters / 1e6:.2f} M parameters; {accelerator.num_processes} process(es) on"
+        f" {accelerator.device.type}"
+    )
+
+    for batches in _steps(stage, data, config, state.step, accelerator):
+        playing = stage.active(state.step)
+        for name in playing:
+            for group in optimizers[name].param_groups:
+                group["lr"] = learning_rate_at(config, state.step, stage.learning_rate(name))
+        figures = _gradients(stage, playing, batches, state.step, accelerator)
+        for name in playing:
+            accelerator.clip_grad_norm_(stage.players[name].parameters(), config.max_grad_norm)
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+            if name in state.averages:
+                state.averages[name].update(state.step)
+        state.step += 1
+        log.step(state.step, figures, learning_rate_at(config, state.step - 1))
+
+        last = state.step == config.max_train_steps
+        if last or state.step % config.validation_steps == 0:
+            log.validation(state.step, *_validate(stage, validation_data, state, accelerator))
+        if last or state.step % config.checkpointing_steps == 0:
+            log.flush()
+            if accelerator.is_main_process:
+                state.save()
+            accelerator.wait_for_everyone()
+    log.close()
+    if accelerator.is_main_process and (found := checkpoints(config.output_dir)):
+        publish(found[-1], config.output_dir)
+        say(f"finished: the model is {config.output_dir}")
+    accelerator.end_training()
+    return config.output_dir
+
+
+def _gradients(
+    stage: Stage, playing: list[str], batches: list[Batch], step: int, accelerator: Accelerator
+) -> dict[str, Tensor]:
+    """Backward through every piece of a step; the figures are means over the pieces."""
+    total: dict[str, Tensor] = {}
+    for piece, batch in enumerate(batches):
+        for name in playing:
+            for other in playing:  # a turn of one player leaves no gradient in another
+                stage.players[other].requires_grad_(other == name)
+            silent = piece < len(batches) - 1  # gradients are averaged over processes once
+            module = stage.players[name]
+            with accelerator.no_sync(module) if silent else nullcontext(), accelerator.autocast():
+                figures = stage.loss(name, batch, step)
+            accelerator.backward(figures["loss"] / len(batches))
+            prefix = "" if name == playing[0] else f"{name}_"
+            for key, value in figures.items():
+                share = value.detach() / len(batches)
+                total[prefix + key] = total.get(prefix + key, 0) + share
+    return total
+
+
+def _steps(
+    stage: Stage, data: DataSource, config: TrainingConfig, start: int, accelerator: Accelerator
+) -> Iterator[list[Batch]]:
+    """The pieces of every step from `start` on, on the device."""
+    world, rank = accelerator.num_processes, accelerator.process_index
+    slots = rank_slots(config.train_batch_size, world, rank)
+    pieces = config.gradient_accumulation_steps
+    share = config.train_batch_size // world
+    if share % pieces:
+        raise ConfigError(
+            f"train_batch_size {config.train_batch_size} over {world} processes leaves {share} each,"
+            f" which gradient_accumulation_steps {pieces} does not divide"
+        )
+    size = share // pieces
+
+    def visits() -> Iterator[list[Any]]:
+        for step in range(start, config.max_train_steps):
+            mine = positions(config.seed, step, config.train_batch_size, len(data))[slots]
+            for piece in range(pieces):
+                yield mine[piece * size : (piece + 1) * size]
+
+    loader = iter(
+        DataLoader(
+            stage.dataset(data, validation=False),
+            batch_sampler=_Once(visits()),
+            num_workers=config.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+    )
+    for _ in range(start, config.max_train_steps):
+        yield [_move(next(loader), accelerator.device) for _ in range(pieces)]
+
+
+@torch.no_grad()
+def _validate(
+    stage: Stage, source: DataSource, state: TrainingState, accelerator: Accelerator
+) -> tuple[dict[str, float], Any]:
+    """Mean figures over the first validation samples, and a preview, both of the average."""
+    count, size = min(len(source), state.config.validation_samples), 32
+    indices = [(i, 0) for i in range(count)]
+    chunks = [indices[i : i + size] for i in range(0, count, size)]
+    mine = chunks[accelerator.process_index :: accelerator.num_processes]
+    loader = DataLoader(stage.dataset(source, validation=True), batch_sampler=mine)
+    sums: dict[str, Tensor] = {}
+    with state.averaged():
+        for batch in loader:
+            batch = _move(batch, accelerator.device)
+            with accelerator.autocast():
+                for key, value in stage.validate(batch).items():
+                    sums[key] = sums.get(key, 0) + value.double().sum()
+        preview = stage.preview() if accelerator.is_main_process else None
+    accelerator.wait_for_everyone()
+    means = {k: float(accelerator.reduce(v)) / count for k, v in sorted(sums.items())}
+    return means, preview
+
+
+class _Once:
+    """A batch sampler that is run through once."""
+
+    def __init__(self, batches: Iterator[list[Any]]):
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return self._batches
+
+
+class _Log:
+    """Progress bar, metrics.jsonl, sample grids and trackers; on the main process only.
+
+    Figures stay on the device until the next write, so that a GPU need not be waited for.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, config: TrainingConfig, step: int, tracker: str | None
+    ):
+        self.accelerator, self.config, self.tracker = accelerator, config, tracker
+        self.pending: list[tuple[int, dict[str, Tensor], float]] = []
+        self.file = config.output_dir / "metrics.jsonl"
+        self.since = time.perf_counter()
+        self.last: dict[str, str] = {}
+        if accelerator.is_main_process:
+            config.output_dir.mkdir(parents=True, exist_ok=True)
+            _truncate(self.file, step)
+            if tracker:
+                accelerator.init_trackers("logs")
+        self.bar = tqdm(
+            total=config.max_train_steps,
+            initial=step,
+            disable=not accelerator.is_local_main_process,
+            unit="step",
+            mininterval=1.0,
+        )
+
+    def step(self, step: int, figures: dict[str, Tensor], learning_rate: float) -> None:
+        self.pending.append((step, figures, learning_rate))
+        self.bar.update()
+        if step % self.config.logging_steps == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.pending:
+            return
+        names = sorted({name for _, figures, _ in self.pending for name in figures})
+        device = self.accelerator.device
+        nan = torch.tensor(float("nan"), device=device)
+        table = torch.stack(
+            [torch.stack([f.get(n, nan).float() for n in names]) for _, f, _ in self.pending]
+        )
+        table = self.accelerator.reduce(table, "mean").tolist()
+        seconds = time.perf_counter() - self.since
+        rate = len(self.pending) * self.config.train_batch_size / seconds
+        rows = []
+        for (step, figures, lr), values in zip(self.pending, table, strict=True):
+            kept = {n: v for n, v in zip(names, values, strict=True) if n in figures}
+            rows.append({"step": step, "learning_rate": lr, **kept})
+        rows[-1]["images_per_second"] = rate
+        self._write(rows)
+        self._show(loss=f"{rows[-1]['loss']:.4f}", images_per_s=f"{rate:.1f}")
+        self.pending.clear()
+        self.since = time.perf_counter()
+
+    def validation(self, step: int, figures: dict[str, float], preview: Any) -> None:
+        self.flush()
+        if figures:
+            self._write([{"step": step, **{f"validation_{k}": v for k, v in figures.items()}}])
+            first = next(iter(figures))
+            name = "loss" if "loss" in figures else first
+            self._show(validation=f"{figures[name]:.4f}")
+        if preview is not None:
+            folder = self.config.output_dir / "samples"
+            folder.mkdir(exist_ok=True)
+            preview.save(folder / f"step-{step:07d}.png")
+        self.since = time.perf_counter()
+
+    def close(self) -> None:
+        self.flush()
+        self.bar.close()
+
+    def _show(self, **values: str) -> None:
+        self.last |= values
+        self.bar.set_postfix(self.last, refresh=False)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
+        if self.tracker:
+            for row in rows:
+                values = {key: value for key, value in row.items() if key != "step"}
+                self.accelerator.log(values, step=row["step"])
+
+
+def _truncate(file: Path, step: int) -> None:
+    """Drop what was logged after `step`: the run resumes there and will log it again."""
+    if not file.exists():
+        return
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                lines.append(line + "\n")
+        except ValueError:  # a line torn by a kill
+            break
+    file.write_text("".join(lines), encoding="utf-8")
+
+
+def _tracker(config: TrainingConfig) -> str | None:
+    if config.report_to == "tensorboard" and not is_tensorboard_available():
+        print("tensorboard is not installed: metrics go to metrics.jsonl only")
+        return None
+    return config.report_to
+
+
+def _move(batch: Batch, device: torch.device) -> Batch:
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }

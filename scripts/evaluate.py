@@ -1,0 +1,57 @@
+"""Repeat the figures of a flower model's card: `python scripts/evaluate.py [--model flowers]`.
+
+Draws the prompts, judges the pixels, and writes each set of pictures as a grid to look at.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.checkpoint.locate import locate_model
+from ldm.cli import run
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = ArgumentParser("evaluate.py", description=__doc__)
+    parser.add_argument("--model", default="flowers", help="a bundled model or a model folder")
+    parser.add_argument("--number", type=int, default=100, help="pictures for each figure")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture")
+    parser.add_argument("--num_inference_steps", "--steps", type=int, help="the model's by default")
+    parser.add_argument("--guidance_scale", "--scale", type=float, help="the model's by default")
+    parser.add_argument("--sampler", default="ddim")
+    parser.add_argument("--outdir", type=Path, default=Path("outputs/evaluate"))
+    options = parser.parse_args(arguments)
+    folder = locate_model(options.model)
+
+    from ldm.evaluation.evaluate import QUESTIONS, ask, reconstruction_psnr
+    from ldm.images import image_grid
+    from ldm.pipeline import LatentDiffusionPipeline
+
+    pipeline = LatentDiffusionPipeline.from_pretrained(folder)
+    options.outdir.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, float] = {}
+    for name, make in QUESTIONS.items():
+        result = ask(
+            pipeline,
+            make(options.number),
+            seed=options.seed,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+            sampler=options.sampler,
+        )
+        image_grid(result.images, columns=10).save(options.outdir / f"{name}.png")
+        figures[name] = result.right
+        print(f"{name}: {result.right} of {options.number} right", flush=True)
+        for question, seen in zip(result.questions, result.seen, strict=True):
+            if not question.answered(seen):
+                print(f"    '{question.prompt}' shows {seen.count} {seen.color} {seen.kind}")
+    figures["psnr"] = round(reconstruction_psnr(pipeline.vae), 2)
+    print(f"psnr: {figures['psnr']:.2f} dB")
+    (options.outdir / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,33 @@
+"""Train a stage: `accelerate launch scripts/train.py [vae|clip|unet] [--config FILE] [--key value ...]`.
+
+With nothing said it trains the U-Net of configs/flowers/unet.yaml, with the bundled VAE and CLIP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.cli import parse_config, run
+from ldm.errors import ConfigError, suggest
+from ldm.training.config import STAGES
+
+RECIPES = Path(__file__).parents[1] / "configs" / "flowers"
+
+
+def main(arguments: Sequence[str]) -> None:
+    stage, rest = "unet", list(arguments)
+    if rest and not rest[0].startswith("-"):
+        stage = rest.pop(0)
+    if stage not in STAGES:
+        raise ConfigError(f"no stage '{stage}'; {suggest(stage, STAGES)}")
+    prog = f"train.py {stage}"
+    config = parse_config(STAGES[stage], rest, prog, RECIPES / f"{stage}.yaml")
+
+    from ldm.training.loop import train
+
+    train(stage, config)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,347 @@
+"""Every layout, made small and read back; every mistake a user can make in one."""
+
+import io
+import json
+import multiprocessing
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.data.sources import (
+    CaptionFolder,
+    DataSource,
+    MetadataFolder,
+    Subset,
+    TarShards,
+    open_source,
+    split_source,
+)
+from ldm.errors import ConfigError, DataError
+
+
+def _pixels(number: int, side: int = 8) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
+
+
+def _png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(_pixels(number)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def _write(path: Path, data: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def _tar(path: Path, members: list[tuple[str, bytes | str]], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for name, data in members:
+            data = data.encode() if isinstance(data, str) else data
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def _check(source: DataSource, expected: list[tuple[str, str, int]]) -> None:
+    """Keys, captions and pixels, read backwards to show random access."""
+    assert len(source) == len(expected)
+    for index in reversed(range(len(expected))):
+        key, caption, number = expected[index]
+        sample = source[index]
+        assert (sample.key, source.key(index), sample.caption) == (key, key, caption)
+        np.testing.assert_array_equal(np.asarray(sample.image), _pixels(number))
+
+
+def _error(call, *parts: str) -> None:
+    with pytest.raises(DataError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+# --- folders with caption files ---------------------------------------------------------------
+
+
+def test_caption_folder(tmp_path: Path) -> None:
+    _write(tmp_path / "b.PNG", _png(1))
+    _write(tmp_path / "b.txt", "\ufeffa rose\n")
+    _write(tmp_path / "deep/er/a.png", _png(2))
+    _write(tmp_path / "deep/er/a.txt", "eine Blüte")
+    _write(tmp_path / ".hidden.png", b"")
+    source = open_source(tmp_path)
+    assert isinstance(source, CaptionFolder)
+    _check(source, [("b.PNG", "a rose", 1), ("deep/er/a.png", "eine Blüte", 2)])
+    _check(
+        pickle.loads(pickle.dumps(source)),
+        [(source.key(i), source[i].caption, i + 1) for i in (0, 1)],
+    )
+
+
+def test_caption_extension(tmp_path: Path) -> None:
+    _write(tmp_path / "a.png", _png(1))
+    _write(tmp_path / "a.txt", "tags")
+    _write(tmp_path / "a.caption", "words")
+    assert open_source(tmp_path, caption_extension="caption")[0].caption == "words"
+    assert open_source(tmp_path)[0].caption == "tags"
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    _write(tmp_path / "blue_rose/1.png", _png(1))
+    _write(tmp_path / "tulip/1.png", _png(2))
+    _check(
+        open_source(tmp_path), [("blue_rose/1.png", "blue rose", 1), ("tulip/1.png", "tulip", 2)]
+    )
+
+
+def test_split_folders(tmp_path: Path) -> None:
+    for number, split in enumerate(("train", "validation")):
+        _write(tmp_path / split / "rose/1.png", _png(number))
+    _check(open_source(tmp_path), [("rose/1.png", "rose", 0)])
+    _check(open_source(tmp_path, split="validation"), [("rose/1.png", "rose", 1)])
+    _error(lambda: open_source(tmp_path, split="test"), "no split 'test'", "train, validation")
+
+
+def test_caption_folder_errors(tmp_path: Path) -> None:
+    _error(lambda: open_source(tmp_path / "nowhere"), "nowhere", "no such file or folder")
+    _error(lambda: open_source(tmp_path), str(tmp_path), "no pictures")
+    _write(tmp_path / "a.png", _png(1))
+    _error(lambda: open_source(tmp_path), "1 of 1", ".txt", "a.png")
+    _write(tmp_path / "b.png", _png(2))
+    _write(tmp_path / "c.png", _png(2))
+    _write(tmp_path / "b.txt", "b")
+    _error(lambda: open_source(tmp_path), "2 of 3", "the first is a.png")
+    _write(tmp_path / "a.txt", b"\xff\xfe\xff")
+    _write(tmp_path / "c.txt", "c")
+    _error(lambda: open_source(tmp_path)[0], "a.txt", "UTF-8")
+    _error(lambda: open_source(_write(tmp_path / "list.csv", "")), "list.csv", "no .tar")
+
+
+def test_broken_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(tmp_path / "cut.png", _png(1)[:-60])
+    _write(tmp_path / "text.png", "this is no picture")
+    _write(tmp_path / "whole.png", _png(1))
+    for name in ("cut", "text", "whole"):
+        _write(tmp_path / f"{name}.txt", name)
+    source = open_source(tmp_path)
+    _error(lambda: source[0], "cut.png", "damaged")
+    _error(lambda: source[1], "text.png", "damaged")
+    assert source[2].caption == "whole"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 63)
+    with pytest.warns(Image.DecompressionBombWarning):
+        _error(lambda: source[2], "whole.png", "8 x 8")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    _error(lambda: source[2], "whole.png")
+
+
+# --- metadata.jsonl ---------------------------------------------------------------------------
+
+
+def _metadata(root: Path, *rows: dict | str) -> None:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    _write(root / "metadata.jsonl", "\n".join(lines) + "\n")
+
+
+def test_metadata_folder(tmp_path: Path) -> None:
+    _write(tmp_path / "in/b.png", _png(1))
+    _write(tmp_path / "a.png", _png(2))
+    _write(tmp_path / "unnamed.png", _png(3))
+    _metadata(
+        tmp_path,
+        {"file_name": "in/b.png", "text": "line\u2028separator", "label": "x"},
+        "",
+        {"file_name": "a.png", "text": "a", "label": "y"},
+    )
+    source = open_source(tmp_path)
+    assert isinstance(source, MetadataFolder)
+    _check(source, [("in/b.png", "line\u2028separator", 1), ("a.png", "a", 2)])
+    assert open_source(tmp_path, caption_column="label")[1].caption == "y"
+
+
+def test_metadata_in_subfolders(tmp_path: Path) -> None:
+    for number, folder in enumerate(("one", "two")):
+        _write(tmp_path / folder / "x.png", _png(number))
+        _metadata(tmp_path / folder, {"file_name": "x.png", "text": folder})
+    _check(open_source(tmp_path), [("one/x.png", "one", 0), ("two/x.png", "two", 1)])
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ({"file_name": "gone.png", "text": "t"}, ["line 2", "no file gone.png"]),
+        ({"file_name": "a.png", "caption": "t"}, ["line 2", "'text'", "file_name, caption"]),
+        ({"image": "a.png", "text": "t"}, ["line 2", "no file_name", "image, text"]),
+        ("{'file_name': 1}", ["line 2", "not valid JSON"]),
+        ("[1]", ["line 2", "no JSON object"]),
+        ({"file_name": "../outside.png", "text": "t"}, ["line 2", "outside"]),
+    ],
+)
+def test_metadata_errors(tmp_path: Path, row: dict | str, parts: list[str]) -> None:
+    _write(tmp_path / "outside.png", _png(0))
+    root = tmp_path / "root"
+    _write(root / "a.png", _png(1))
+    _metadata(root, {"file_name": "a.png", "text": "fine"}, row)
+    _error(lambda: open_source(root), "metadata.jsonl", *parts)
+
+
+def test_metadata_empty(tmp_path: Path) -> None:
+    _metadata(tmp_path, "")
+    _error(lambda: open_source(tmp_path), "names no pictures")
+
+
+# --- tar shards -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Two shards of uneven length: one of .txt captions, one as img2dataset writes them."""
+    members = [
+        (f"d/{n:03d}.{end}", data)
+        for n in range(3)
+        for end, data in (("txt", f"caption {n}"), ("png", _png(n)), ("json", json.dumps({"n": n})))
+    ]
+    _tar(tmp_path / "08.tar", members)
+    _tar(
+        tmp_path / "10.tar",
+        [
+            ("900.JPG.json", "{}"),  # not this key's: WebDataset cuts at the first dot
+            ("901.json", '{"caption": "from json", "status": "ok"}'),
+            ("901.png", _png(3)),
+            ("902.json", '{"caption": null, "status": "failed"}'),
+        ],
+    )
+    return tmp_path
+
+
+def test_random_access_equals_sequential_reading(shards: Path) -> None:
+    expected: dict[str, dict[str, bytes]] = {}
+    for shard in sorted(shards.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                key, _, ending = member.name.partition(".")
+                file = tar.extractfile(member)
+                assert file is not None
+                expected.setdefault(f"{shard.stem}/{key}", {})[ending] = file.read()
+    expected = {key: members for key, members in expected.items() if "png" in members}
+    source = open_source(shards)
+    assert isinstance(source, TarShards)
+    assert [source.key(index) for index in range(len(source))] == list(expected)
+    for index in (3, 0, 2, 1, 0):
+        sample = source[index]
+        members = expected[sample.key]
+        with Image.open(io.BytesIO(members["png"])) as image:
+            assert image.tobytes() == sample.image.tobytes()
+        caption = (
+            json.loads(members["json"]).get("caption") if index == 3 else members["txt"].decode()
+        )
+        assert sample.caption == caption
+
+
+def test_ways_to_name_shards(shards: Path) -> None:
+    whole = open_source(shards)
+    assert open_source(str(shards / "*.tar")).fingerprint == whole.fingerprint
+    assert len(open_source(shards / "08.tar")) == 3
+    assert open_source(shards / "08.tar").fingerprint != whole.fingerprint
+    (shards / "09.tar").write_bytes((shards / "08.tar").read_bytes())
+    assert len(open_source(str(shards / "{08..10}.tar"))) == 3 + 3 + 1
+    _error(lambda: open_source(str(shards / "{08..11}.tar")), "11.tar", "no such tar")
+    _error(lambda: open_source(str(shards / "x*.tar")), "x*.tar", "no such tar")
+
+
+def _caption_and_sum(source: TarShards, index: int) -> tuple[str, int]:
+    sample = source[index]
+    return sample.caption, int(np.asarray(sample.image).sum())
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers(shards: Path, method: str) -> None:
+    source = TarShards(shards)
+    here = [_caption_and_sum(source, index) for index in range(4)]
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        jobs = [(source, index % 4) for index in range(40 if method == "fork" else 8)]
+        assert pool.starmap(_caption_and_sum, jobs) == [here[index] for _, index in jobs]
+
+
+def test_shard_errors(tmp_path: Path) -> None:
+    packed = _tar(tmp_path / "packed.tar", [("a.png", _png(0))], "w:gz")
+    _error(lambda: TarShards(packed), "packed.tar", "uncompressed tar")
+    bare = _tar(tmp_path / "bare.tar", [("a.txt", "a"), ("b.txt", "b")])
+    _error(lambda: TarShards(bare), "bare.tar", "no pictures")
+    silent = _tar(tmp_path / "silent.tar", [("a.png", _png(0)), ("b.png", _png(1)), ("b.txt", "")])
+    _error(lambda: TarShards(silent), "1 of 2", "the first is a")
+    other = _tar(tmp_path / "other.tar", [("a.png", _png(0)), ("a.json", '{"title": "t"}')])
+    _error(lambda: TarShards(other), "'text'", "title")
+    assert TarShards(other, caption_column="title")[0].caption == "t"
+    short = _tar(tmp_path / "short.tar", [("a.txt", "a"), ("a.png", _png(0))])
+    source = TarShards(short)
+    short.write_bytes(short.read_bytes()[:1100])
+    _error(lambda: source[0], "short.tar", "ends too soon")
+
+
+# --- fingerprints and splits ------------------------------------------------------------------
+
+
+def test_fingerprint_names_the_data(tmp_path: Path) -> None:
+    for root in (tmp_path / "here", tmp_path / "there"):
+        for number in range(3):
+            _write(root / f"{number}.png", _png(number))
+            _write(root / f"{number}.txt", "words")
+    here = open_source(tmp_path / "here").fingerprint
+    assert here == open_source(tmp_path / "there").fingerprint
+    _write(tmp_path / "there/1.txt", "more words")
+    assert here != open_source(tmp_path / "there").fingerprint
+
+
+class _Names:
+    """A source of keys alone."""
+
+    fingerprint = "names"
+
+    def __init__(self, names: list[str]):
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def key(self, index: int) -> str:
+        return self.names[index]
+
+    def __getitem__(self, index: int):
+        raise AssertionError("splitting must not read pictures")
+
+
+def test_split_is_by_key() -> None:
+    names = [f"flower {n}" for n in range(2000)]
+
+    def sides(order: list[str], seed: int = 0) -> tuple[set[str], set[str]]:
+        parts = split_source(_Names(order), 0.2, seed)
+        first, second = ({part.key(i) for i in range(len(part))} for part in parts)
+        return first, second
+
+    train, validation = sides(names)
+    assert train | validation == set(names) and not train & validation
+    assert abs(len(validation) - 400) < 4.5 * np.sqrt(2000 * 0.2 * 0.8)
+    assert sides(names[::-1]) == (train, validation)
+    assert sides(names[:1000])[1] == validation & set(names[:1000])
+    assert sides(names, seed=1)[1] != validation
+    for share in (0.0, 1.0, -1.0):
+        with pytest.raises(ConfigError, match="between 0 and 1"):
+            split_source(_Names(names), share)
+    with pytest.raises(ConfigError, match="leaves 1 samples to train on and 0"):
+        split_source(_Names(["a"]), 0.01)
+
+
+def test_subset() -> None:
+    source = open_source("flowers")
+    part = Subset(source, [4, 2])
+    assert [part[i].key for i in range(2)] == [source.key(4), source.key(2)]
+    assert len({s.fingerprint for s in (source, part, Subset(source, [2, 4]))}) == 3
+    assert open_source("flowers", split="held_out").key(0) == "held_out/000000"
