@@ -15,9 +15,8 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,9 +56,8 @@ StepCallback = Callable[
 """(pipeline, step, timestep, {"latents": b l h w}) -> the same, perhaps with other latents."""
 
 
-@dataclass(frozen=True)
-class PipelineOutput:
-    """What a call returns.
+class PipelineOutput(NamedTuple):
+    """What a call returns; `result[0]` and `result.images` are the same.
 
     Attributes:
         images: PIL pictures; or as `output_type` says, an array b H W 3 or a tensor b 3 H W in
@@ -205,9 +203,8 @@ class LatentDiffusionPipeline:
         clip_skip: int | None = None,
         batch_size: int | None = None,
         output_type: str = "pil",
-        return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
-    ) -> PipelineOutput | tuple[Any]:
+    ) -> PipelineOutput:
         """Draw pictures.
 
         Args:
@@ -233,7 +230,6 @@ class LatentDiffusionPipeline:
             clip_skip: layers of the text encoder left out at its end.
             batch_size: pictures at a time; all at once when not given. Never changes a picture.
             output_type: `pil`, `np`, `pt` or `latent`.
-            return_dict: False returns a tuple whose first entry is the images.
             callback_on_step_end: called after each step; it may return other latents, and it may
                 set `pipeline._interrupt = True` to stop after this step.
 
@@ -283,8 +279,6 @@ class LatentDiffusionPipeline:
             if self._interrupt:
                 break
         images = _output([self._decode(chunk, output_type) for chunk in chunks], output_type)
-        if not return_dict:
-            return (images,)
         settings = {
             "num_inference_steps": steps,
             "sampler": sampler,
@@ -317,7 +311,7 @@ class LatentDiffusionPipeline:
             words = _listed(negative_prompt)
             if len(words) not in (1, len(context)):
                 raise ConfigError(
-                    f"{len(words)} negative prompts for {len(context)} prompts; give one, or one each"
+                    f"{len(words)} negative prompts for {len(context)} prompts; give one or one each"
                 )
             negative_embeds = self._encode(words, clip_skip)
         negative = negative_embeds.to(self.device, self.dtype)
@@ -346,7 +340,7 @@ class LatentDiffusionPipeline:
         options: dict[str, Any],
         on_step_end: StepCallback | None,
     ) -> Tensor:
-        """Noise to scaled latents, b l h w; latents are float32 whatever the network computes in."""
+        """Noise to scaled latents, b l h w; they are float32 whatever the network computes in."""
         denoiser = Denoiser(self.unet, self.schedule, dtype=self.dtype)
         denoise = guided(denoiser, context, negative, scale, rescale=rescale)
         x = spec.initial_latents(noise.float(), sigmas[0].item(), spacing).to(self.device)

@@ -1,4 +1,6 @@
-"""Train a stage: `accelerate launch scripts/train.py [vae|clip|unet] [--config FILE] [--key value ...]`.
+"""Train a stage.
+
+    accelerate launch scripts/train.py [vae|clip|unet] [--config FILE] [--key value ...]
 
 With nothing said it trains the U-Net of configs/flowers/unet.yaml, with the bundled VAE and CLIP.
 """

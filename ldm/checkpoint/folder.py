@@ -179,7 +179,7 @@ def save_index(folder: Path, defaults: Mapping[str, Any] | None = None) -> None:
 
     Args:
         folder: the model folder.
-        defaults: settings that suit this model, such as its guidance scale; other tools ignore them.
+        defaults: settings that suit this model, such as its guidance scale; only ldm reads them.
     """
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionPipeline",
@@ -210,9 +210,10 @@ def load_text_encoder(
     for part in ("text_encoder/config.json", "tokenizer/tokenizer_config.json"):
         if not (folder / part).is_file():
             raise CheckpointError(f"no file {folder / part}; is {folder} a whole model folder?")
-    return TextEncoder.from_folder(
-        folder / "text_encoder", folder / "tokenizer", dtype=dtype, variant=variant
+    encoder = TextEncoder.from_folder(
+        folder / "text_encoder", folder / "tokenizer", variant=variant
     )
+    return encoder if dtype is None else encoder.to(dtype)
 
 
 def _load(

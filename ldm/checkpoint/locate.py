@@ -1,4 +1,4 @@
-"""From what a user types to a model folder. Imports no torch, so a wrong name is refused at once."""
+"""From what a user types to a model folder. Imports no torch: a wrong name is refused at once."""
 
 from __future__ import annotations
 

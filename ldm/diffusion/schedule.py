@@ -39,7 +39,7 @@ class NoiseSchedule:
         sigmas: noise per unit of signal, ascending, T.
 
     Raises:
-        ConfigError: `trained_betas` does not fit the configuration, or zero terminal SNR is asked of
+        ConfigError: `trained_betas` does not fit, or zero terminal SNR is asked of
             `cosine_signal_rates`.
     """
 

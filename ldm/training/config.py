@@ -207,7 +207,7 @@ class UNetTraining(TrainingConfig):
         super().__post_init__()
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise ConfigError(
-                f"proportion_empty_prompts is {self.proportion_empty_prompts}; it must lie in [0, 1]"
+                f"proportion_empty_prompts is {self.proportion_empty_prompts}; it must be in [0, 1]"
             )
         if self.cache_latents and (self.random_flip or not self.center_crop):
             raise ConfigError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,8 @@ def train(name: str, config: TrainingConfig) -> Path:
     accelerator.wait_for_everyone()
     stage.setup(data, validation_data, accelerator.device)
     for module in stage.players.values():
-        module.to(accelerator.device, memory_format=torch.channels_last).train()
+        module.to(device=accelerator.device).to(memory_format=torch.channels_last)  # type: ignore
+        module.train()
     state = TrainingState(stage, config, data.fingerprint)
     state.scaler = accelerator.scaler
     if resume := config.resume_from_checkpoint:
@@ -176,7 +177,7 @@ def _steps(
     share = config.train_batch_size // world
     if share % pieces:
         raise ConfigError(
-            f"train_batch_size {config.train_batch_size} over {world} processes leaves {share} each,"
+            f"train_batch_size {config.train_batch_size} over {world} processes is {share} each,"
             f" which gradient_accumulation_steps {pieces} does not divide"
         )
     size = share // pieces
@@ -218,7 +219,8 @@ def _validate(
                     sums[key] = sums.get(key, 0) + value.double().sum()
         preview = stage.preview() if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
-    means = {k: float(accelerator.reduce(v)) / count for k, v in sorted(sums.items())}
+    reduce: Callable[[Tensor], Any] = accelerator.reduce
+    means = {k: float(reduce(v)) / count for k, v in sorted(sums.items())}
     return means, preview
 
 
@@ -274,7 +276,8 @@ class _Log:
         table = torch.stack(
             [torch.stack([f.get(n, nan).float() for n in names]) for _, f, _ in self.pending]
         )
-        table = self.accelerator.reduce(table, "mean").tolist()
+        reduced: Any = self.accelerator.reduce(table, "mean")
+        table = reduced.tolist()
         seconds = time.perf_counter() - self.since
         rate = len(self.pending) * self.config.train_batch_size / seconds
         rows = []

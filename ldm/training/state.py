@@ -1,7 +1,7 @@
 """Checkpoints of a training run: written whole or not at all, verified, and never pickled.
 
     OUTPUT/checkpoint-<step>/
-        unet/ vae/ ...              the model, in the layout of any model (the average, if there is one)
+        unet/ vae/ ...              the model in the layout of any model; the average, if any
         training_state/             what resuming needs besides:
             state.json                  step, configuration, fingerprint of the data
             <player>.safetensors        the weights being trained, float32

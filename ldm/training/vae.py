@@ -156,7 +156,7 @@ class VaeStage(Stage):
         return {"loss": loss, "real": real_logits.mean(), "fake": fake_logits.mean()}
 
     def _adaptive_weight(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
-        """How much stronger the reconstruction pulls at the last layer (Esser et al. 2021, eq. 7)."""
+        """How much harder the reconstruction pulls at the last layer (Esser et al. 2021, eq. 7)."""
         last = self.vae.last_layer
         (pull,) = torch.autograd.grad(reconstruction, last, retain_graph=True)
         (push,) = torch.autograd.grad(adversarial, last, retain_graph=True)
