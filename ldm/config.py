@@ -261,6 +261,21 @@ def _check_groups(model: str, widths: tuple[int, ...], groups: int) -> None:
 
 
 PRESETS: dict[str, ModelPreset] = {
+    "flowers": ModelPreset(
+        UNetConfig(
+            sample_size=16,
+            block_out_channels=(64, 128, 192),
+            layers_per_block=1,
+            cross_attention=(False, True, False),
+            cross_attention_dim=128,
+            attention_head_dim=32,
+            norm_num_groups=16,
+        ),
+        AutoencoderConfig(
+            block_out_channels=(32, 48, 96), layers_per_block=1, norm_num_groups=16, sample_size=64
+        ),
+        ScheduleConfig(timestep_spacing="trailing"),
+    ),
     "sd15": ModelPreset(UNetConfig(num_attention_heads=8), AutoencoderConfig(), ScheduleConfig()),
     "sd21": ModelPreset(
         UNetConfig(cross_attention_dim=1024, attention_head_dim=64, use_linear_projection=True),

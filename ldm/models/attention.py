@@ -7,6 +7,7 @@ d width of the context.
 from __future__ import annotations
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -36,14 +37,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Pixels `b n c`, attending to context `b m d` or, without it, to themselves."""
         context = x if context is None else context
-        q = self._split(self.to_q(x))  # b heads n c/heads
-        k = self._split(self.to_k(context))  # b heads m c/heads
-        v = self._split(self.to_v(context))  # b heads m c/heads
+        q, k, v = (
+            rearrange(rows, "b n (heads c) -> b heads n c", heads=self.heads)
+            for rows in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
         out = F.scaled_dot_product_attention(q, k, v)  # b heads n c/heads
-        return self.to_out(out.transpose(1, 2).flatten(2))  # b n c
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return self.to_out(rearrange(out, "b heads n c -> b n (heads c)"))  # b n c
 
 
 class GEGLU(nn.Module):
@@ -152,9 +151,9 @@ class PixelAttention(Attention):
 
 def to_rows(x: Tensor) -> Tensor:
     """Feature map `b c h w` to pixels in a row `b h*w c`; no copy where x is channels-last."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)  # b n c
+    return rearrange(x, "b c h w -> b (h w) c")
 
 
 def to_map(x: Tensor, size: tuple[int, ...]) -> Tensor:
     """Pixels in a row `b h*w c` to a feature map `b c h w`, `size` being h and w."""
-    return x.unflatten(1, size).permute(0, 3, 1, 2)  # b c h w
+    return rearrange(x, "b (h w) c -> b c h w", h=size[0])
