@@ -45,7 +45,7 @@ def randomize(module: nn.Module) -> None:
     """No layer is left at zero, so that every part of a network shows in its output."""
     for parameter in module.parameters():
         if parameter.detach().std(correction=0) == 0:
-            nn.init.normal_(parameter, float(parameter.detach().flatten()[0]), 0.1)
+            nn.init.normal_(parameter, float(parameter.detach().flatten()[0]), 0.2)
 
 
 def make_pipeline(schedule: ScheduleConfig | None = None) -> LatentDiffusionPipeline:

@@ -46,11 +46,9 @@ def noises(count, dtype=torch.float32):
     return [torch.randn(SHAPE, generator=generator).to(dtype) for _ in range(count)]
 
 
-def ours(
-    name, config, steps, spacing, *, options=None, betas=None, net=network, dtype=torch.float32
-):
+def ours(name, config, steps, spacing, *, options=None, net=network, dtype=torch.float32):
     """Latents after every step in sigma space, and the grid."""
-    schedule, spec = NoiseSchedule(config, betas), get_sampler(name)
+    schedule, spec = NoiseSchedule(config), get_sampler(name)
     sigmas = spec.grid(schedule, steps, spacing)
     start, *fresh = noises(steps + 1, dtype)
     draws, trajectory = iter(fresh), []
@@ -68,8 +66,8 @@ def ours(
     return trajectory, sigmas
 
 
-def exact_tables(scheduler, config, betas=None):
-    scheduler.alphas_cumprod = NoiseSchedule(config, betas).alphas_cumprod.clone()
+def exact_tables(scheduler, config):
+    scheduler.alphas_cumprod = NoiseSchedule(config).alphas_cumprod.clone()
     if hasattr(scheduler, "final_alpha_cumprod") and not config.set_alpha_to_one:
         scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     return scheduler
@@ -302,8 +300,13 @@ def test_trained_betas(monkeypatch):
     reference = diffusers.DDIMScheduler(
         num_train_timesteps=40, trained_betas=betas, clip_sample=False, set_alpha_to_one=True
     )
-    config = ScheduleConfig(num_train_timesteps=40, steps_offset=0, set_alpha_to_one=True)
-    mine, sigmas = ours("ddim", config, 10, "leading", betas=torch.from_numpy(betas))
+    config = ScheduleConfig(
+        num_train_timesteps=40,
+        trained_betas=tuple(betas.tolist()),
+        steps_offset=0,
+        set_alpha_to_one=True,
+    )
+    mine, sigmas = ours("ddim", config, 10, "leading")
     assert_same(at_vp(mine, sigmas), theirs(monkeypatch, reference, 10))
 
 

@@ -100,7 +100,7 @@ def test_cosine_signal_rates_survives_as_trained_betas():
     torch.testing.assert_close(
         reference.alphas_cumprod.double(), original.alphas_cumprod, rtol=5e-5, atol=0
     )
-    table = NoiseSchedule(config, original.betas)
+    table = NoiseSchedule(ScheduleConfig(trained_betas=tuple(original.betas.tolist())))
     torch.testing.assert_close(table.sigmas, original.sigmas, rtol=1e-9, atol=0)
     between = torch.tensor([0.5, 500.25])
     assert not torch.equal(table.t_to_sigma(between), original.t_to_sigma(between))
@@ -138,17 +138,19 @@ def test_add_noise_is_that_of_diffusers(betas):
 
 
 @pytest.mark.parametrize(
-    ("config", "betas", "message"),
+    ("options", "message"),
     [
-        (ScheduleConfig(), torch.full((999,), 0.1), "999 betas for num_train_timesteps 1000"),
-        (ScheduleConfig(), torch.linspace(0, 0.1, 1000), "every beta must be above 0"),
+        ({"trained_betas": (0.1,) * 999}, "999 trained_betas for num_train_timesteps 1000"),
         (
-            ScheduleConfig(beta_schedule="cosine_signal_rates", rescale_betas_zero_snr=True),
-            None,
+            {"trained_betas": (0.1, 0.0), "num_train_timesteps": 2},
+            "every beta must be above 0",
+        ),
+        (
+            {"beta_schedule": "cosine_signal_rates", "rescale_betas_zero_snr": True},
             "lower min_signal_rate",
         ),
     ],
 )
-def test_errors(config, betas, message):
+def test_errors(options, message):
     with pytest.raises(ConfigError, match=message):
-        NoiseSchedule(config, betas)
+        NoiseSchedule(ScheduleConfig(**options))
