@@ -7,9 +7,9 @@ is the format of our model folders. Each class checks itself when it is made.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, suggest
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "cosine_signal_rates"]
@@ -162,6 +162,15 @@ class ScheduleConfig:
     trained_betas: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        for name, choices in (
+            ("beta_schedule", BetaSchedule),
+            ("prediction_type", Prediction),
+            ("timestep_spacing", Spacing),
+        ):
+            if (value := getattr(self, name)) not in get_args(choices):
+                raise ConfigError(
+                    f"schedule: no {name} '{value}'; {suggest(value, get_args(choices))}"
+                )
         if self.num_train_timesteps < 2:
             raise ConfigError(
                 f"schedule: num_train_timesteps is {self.num_train_timesteps}; it must be 2 or more"

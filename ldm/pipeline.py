@@ -245,6 +245,12 @@ class LatentDiffusionPipeline:
         check_size(height, width, factor)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ConfigError(f"output_type is '{output_type}'; choose pil, np, pt or latent")
+        for name, number in (
+            ("num_images_per_prompt", num_images_per_prompt),
+            ("batch_size", batch_size),
+        ):
+            if number is not None and number < 1:
+                raise ConfigError(f"{name} is {number}; it must be 1 or more")
         spec = get_sampler(sampler)
         spacing = timestep_spacing or self.schedule.config.timestep_spacing
         sigmas = spec.grid(self.schedule, steps, spacing)
@@ -301,9 +307,14 @@ class LatentDiffusionPipeline:
         """Contexts of the prompts and of the negative prompts (None without guidance), b n d."""
         if (prompt is None) == (prompt_embeds is None):
             raise ConfigError("give prompt or prompt_embeds, one of the two")
+        width = self.unet.config.cross_attention_dim
         context = prompt_embeds
         if context is None:
             context = self._encode(_listed(prompt), clip_skip)
+        elif context.ndim != 3 or context.shape[-1] != width:
+            raise ConfigError(
+                f"prompt_embeds have shape {tuple(context.shape)}; this model needs (b, n, {width})"
+            )
         context = context.to(self.device, self.dtype)
         if scale == 1:
             return context, None
@@ -311,9 +322,11 @@ class LatentDiffusionPipeline:
             words = _listed(negative_prompt)
             if len(words) not in (1, len(context)):
                 raise ConfigError(
-                    f"{len(words)} negative prompts for {len(context)} prompts; give one or one each"
+                    f"{len(words)} negative prompts for {len(context)} prompts; one or one each"
                 )
             negative_embeds = self._encode(words, clip_skip)
+        if len(negative_embeds) != 1 or negative_embeds.shape[1:] != context.shape[1:]:
+            _check_shape("negative_prompt_embeds", negative_embeds, tuple(context.shape))
         negative = negative_embeds.to(self.device, self.dtype)
         return context, negative.expand(len(context), -1, -1)
 
@@ -394,12 +407,16 @@ def _generators(
         each = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
         if len(each) != count:
             raise ConfigError(f"{len(each)} generators for {count} pictures; give one, or one each")
+        for other in {g.device.type for g in each} - {"cpu"}:
+            raise ConfigError(f"generator is on {other}; noise is drawn on the CPU, make it there")
         return each, []
     if seed is None:
         seed = secrets.randbelow(2**31)
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    seeds = list(seed) if isinstance(seed, Sequence) else [int(seed) + i for i in range(count)]
     if len(seeds) != count:
         raise ConfigError(f"{len(seeds)} seeds for {count} pictures; give one number, or one each")
+    for wrong in (s for s in seeds if not 0 <= s < 2**63):
+        raise ConfigError(f"seed is {wrong}; it must lie between 0 and 2**63 - 1")
     return [image_generator(s) for s in seeds], seeds
 
 

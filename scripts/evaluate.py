@@ -10,6 +10,8 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+import _ours  # noqa: F401
+
 from ldm.checkpoint.locate import locate_model
 from ldm.cli import run
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import _ours  # noqa: F401
+
 from ldm.cli import parse_config, run
 from ldm.errors import ConfigError, suggest
 from ldm.training.config import STAGES

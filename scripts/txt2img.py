@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+import _ours  # noqa: F401
+
 from ldm.checkpoint.locate import downsample_factor, locate_model
 from ldm.cli import run
 from ldm.config import SamplerName, Spacing, check_size

@@ -42,21 +42,31 @@ UNET_FIXED = {
     "attention_type": "default",
     "center_input_sample": False,
     "class_embed_type": None,
+    "class_embeddings_concat": False,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
+    "cross_attention_norm": None,
     "downsample_padding": 1,
+    "dropout": 0.0,
     "dual_cross_attention": False,
     "encoder_hid_dim": None,
     "encoder_hid_dim_type": None,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
+    "mid_block_only_cross_attention": None,
     "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "num_class_embeds": None,
     "only_cross_attention": False,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
     "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
     "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
     "time_embedding_type": "positional",
+    "timestep_post_act": None,
 }
 VAE_FIXED = {
     "act_fn": "silu",
@@ -107,25 +117,23 @@ def load_unet(
         _block("Up", cross) for cross in reversed(attention)
     ] != list(up):
         raise CheckpointError(f"{folder}: this U-Net has blocks that ldm does not: {down}, {up}")
-    heads = stored.get("num_attention_heads") or stored.get("attention_head_dim", 8)
+    heads = stored.pop("num_attention_heads", None) or stored.get("attention_head_dim", 8)
+    stored.pop("attention_head_dim", None)
     known = {
         "cross_attention": attention,
         "num_attention_heads": heads if isinstance(heads, int) else tuple(heads),
         "attention_head_dim": None,
     }
-    config = UNetConfig(**_fields(UNetConfig, stored) | known)
+    config = UNetConfig(**_fields(UNetConfig, stored, folder) | known)
     return _load(lambda: UNet(config), folder, dtype, variant)
 
 
 def save_vae(vae: AutoencoderKL, folder: Path, *, variant: str | None = None) -> None:
     """Write `config.json` and the weights, in the dtype they have."""
-    levels = len(vae.config.block_out_channels)
-    config = asdict(vae.config) | VAE_FIXED
+    config = asdict(vae.config) | VAE_FIXED | _vae_blocks(len(vae.config.block_out_channels))
     config |= {
         "_class_name": "AutoencoderKL",
         "_diffusers_version": DIFFUSERS_VERSION,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
         "shift_factor": vae.config.shift_factor or None,
     }
     write_json(folder / "config.json", config)
@@ -137,10 +145,9 @@ def load_vae(
 ) -> AutoencoderKL:
     """Read an autoencoder, in evaluation mode; arguments and errors as for `load_unet`."""
     stored = read_json(folder / "config.json")
-    _refuse_other(stored, VAE_FIXED, folder)
-    config = _fields(AutoencoderConfig, stored)
-    config["shift_factor"] = config.get("shift_factor") or 0.0
-    return _load(lambda: AutoencoderKL(AutoencoderConfig(**config)), folder, dtype, variant)
+    config = AutoencoderConfig(**_fields(AutoencoderConfig, stored, folder))
+    _refuse_other(stored, VAE_FIXED | _vae_blocks(len(config.block_out_channels)), folder)
+    return _load(lambda: AutoencoderKL(config), folder, dtype, variant)
 
 
 def save_schedule(schedule: NoiseSchedule, folder: Path) -> None:
@@ -149,29 +156,37 @@ def save_schedule(schedule: NoiseSchedule, folder: Path) -> None:
     diffusers has no schedule by signal rates, so that one travels as a table of betas; our own
     names for it stand beside the table under `_ldm`.
     """
-    config = asdict(schedule.config)
+    config, ours = asdict(schedule.config), {}
     rates = {key: config.pop(key) for key in ("min_signal_rate", "max_signal_rate")}
     if config["beta_schedule"] == "cosine_signal_rates":
-        config["_ldm"] = {"beta_schedule": "cosine_signal_rates", **rates}
+        ours |= {"beta_schedule": "cosine_signal_rates", **rates}
         config["beta_schedule"] = "linear"
-        config["trained_betas"] = schedule.betas.tolist()
+        if config["trained_betas"] is None:
+            ours["trained_betas"] = None
+            config["trained_betas"] = schedule.betas.tolist()
     if config["timestep_spacing"] == "karras":  # a choice of sigmas, which DDIM there cannot make
-        config["_ldm"] = config.get("_ldm", {}) | {"timestep_spacing": "karras"}
+        ours["timestep_spacing"] = "karras"
         config["timestep_spacing"] = "leading"
     config |= {"_class_name": "DDIMScheduler", "_diffusers_version": DIFFUSERS_VERSION}
+    config["_ldm"] = ours
     write_json(folder / "scheduler_config.json", config)
 
 
 def load_schedule(folder: Path) -> NoiseSchedule:
-    """Read a noise schedule, whichever of diffusers' schedulers the folder names."""
+    """Read a noise schedule, whichever of diffusers' schedulers the folder names.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+        ConfigError: it asks for what our schedules do not have.
+    """
     stored = read_json(folder / "scheduler_config.json")
-    ours = stored.pop("_ldm", {})
-    if ours.get("beta_schedule"):
-        stored["trained_betas"] = None
-    config = _fields(ScheduleConfig, stored | ours)
-    if config.get("trained_betas") is not None:
-        config["trained_betas"] = tuple(config["trained_betas"])
-    return NoiseSchedule(ScheduleConfig(**config))
+    ours = stored.get("_ldm")
+    if ours is None:
+        # diffusers' StableDiffusionPipeline draws with these two, whatever such a file says
+        ours = {"steps_offset": 1, "clip_sample": False}
+        if stored.get("use_karras_sigmas"):
+            ours["timestep_spacing"] = "karras"
+    return NoiseSchedule(ScheduleConfig(**_fields(ScheduleConfig, stored | ours, folder)))
 
 
 def save_index(folder: Path, defaults: Mapping[str, Any] | None = None) -> None:
@@ -230,9 +245,18 @@ def _weights_file(folder: Path, variant: str | None) -> Path:
     return folder / f"{WEIGHTS}{f'.{variant}' if variant else ''}.safetensors"
 
 
-def _fields(config_class: type, stored: Mapping[str, Any]) -> dict[str, Any]:
-    values = {f.name: stored[f.name] for f in fields(config_class) if f.name in stored}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+def _fields(config_class: type, stored: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What a configuration file says of these fields; null leaves a field at its default."""
+    values: dict[str, Any] = {}
+    for f in fields(config_class):
+        if (value := stored.get(f.name)) is None:
+            continue
+        many = str(f.type).startswith("tuple")
+        if isinstance(value, list) != many:
+            wanted = "a list" if many else "a single value"
+            raise CheckpointError(f"{folder}: {f.name} is {value!r}; ldm needs {wanted} there")
+        values[f.name] = tuple(value) if many else value
+    return values
 
 
 def _refuse_other(stored: Mapping[str, Any], fixed: Mapping[str, Any], folder: Path) -> None:
@@ -241,6 +265,13 @@ def _refuse_other(stored: Mapping[str, Any], fixed: Mapping[str, Any], folder: P
             raise CheckpointError(
                 f"{folder}: {name} is {stored[name]!r} in config.json; ldm has only {value!r}"
             )
+
+
+def _vae_blocks(levels: int) -> dict[str, list[str]]:
+    return {
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
 
 
 def _block(direction: str, cross: object) -> str:

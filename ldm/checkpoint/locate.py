@@ -38,28 +38,36 @@ def locate_model(
         return PRETRAINED / str(name)
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
         return _download(str(name), revision, local_files_only)
-    raise ConfigError(f"no model '{name}', neither a folder nor bundled; {_hint(str(name))}")
+    raise _unknown(str(name))
 
 
 def downsample_factor(model: Path) -> int:
     """Picture pixels to one latent pixel along a side, read off the folder's `vae/config.json`."""
     file = model / "vae" / "config.json"
     try:
-        return 2 ** (len(json.loads(file.read_text(encoding="utf-8"))["block_out_channels"]) - 1)
+        levels = len(json.loads(file.read_text(encoding="utf-8"))["block_out_channels"])
     except FileNotFoundError:
         raise CheckpointError(f"no file {file}; is {model} a whole model folder?") from None
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged ({error!r}); write or fetch it again") from None
+    if not levels:
+        raise CheckpointError(f"{file} is damaged (no block_out_channels); fetch it again")
+    return 2 ** (levels - 1)
 
 
-def _hint(name: str) -> str:
+def _unknown(name: str) -> ConfigError:
     names = bundled_models()
-    return suggest(name, names) if names else "give the path of a model folder"
+    hint = suggest(name, names) if names else "give the path of a model folder"
+    return ConfigError(f"no model '{name}', neither a folder nor bundled; {hint}")
 
 
 def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     patterns = ["*.json", "*.txt", "*.safetensors"]
     try:
@@ -71,6 +79,11 @@ def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
             f"model '{name}' is neither a folder nor in the hub's cache, and the hub was not"
             " reached; check the path, or go online once"
         ) from None
+    except HFValidationError:  # no name that the hub could have
+        raise _unknown(name) from None
     except HfHubHTTPError as error:
-        raise CheckpointError(f"the hub has no model '{name}' to give ({error})") from None
+        raise CheckpointError(
+            f"the hub does not give the model '{name}' (HTTP {error.response.status_code}); check"
+            " the name and the revision, or log in where it is private"
+        ) from None
     return Path(folder)

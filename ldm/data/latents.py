@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.data.sources import DataSource
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.text_encoder import TextEncoder
 
@@ -40,8 +39,8 @@ class LatentCache:
 
 @torch.no_grad()
 def encode_source(
-    source: DataSource,
-    pixels: Callable[[int], Tensor],
+    load: Callable[[int], tuple[Tensor, str]],
+    count: int,
     vae: AutoencoderKL,
     text_encoder: TextEncoder,
     device: torch.device,
@@ -49,20 +48,20 @@ def encode_source(
     """Encode every picture and every caption of a source.
 
     Args:
-        source: the data set.
-        pixels: from an index to the prepared picture, 3 h w in [-1, 1].
+        load: from an index to the prepared picture, 3 h w in [-1, 1], and its caption.
+        count: samples in the source.
         vae: on `device`.
         text_encoder: on `device`.
         device: where to compute; the cache itself is on the CPU.
     """
     moments, rows, caption = [], {"": 0}, []
-    for start in tqdm(range(0, len(source), BATCH), desc="caching latents", mininterval=1.0):
-        indices = range(start, min(start + BATCH, len(source)))
-        posterior = vae.encode(torch.stack([pixels(i) for i in indices]).to(device))
+    for start in tqdm(range(0, count, BATCH), desc="caching latents", mininterval=1.0):
+        samples = [load(i) for i in range(start, min(start + BATCH, count))]
+        posterior = vae.encode(torch.stack([pixels for pixels, _ in samples]).to(device))
         moments.append(
             torch.cat([posterior.mean, posterior.logvar], dim=1).float().cpu()
         )  # b 2l h w
-        caption += [rows.setdefault(source[i].caption, len(rows)) for i in indices]
+        caption += [rows.setdefault(words, len(rows)) for _, words in samples]
     captions = list(rows)
     contexts = [
         text_encoder.encode(captions[start : start + BATCH]).float().cpu()

@@ -7,9 +7,10 @@ Legend: b batch, n tokens of a caption, d width of the shared space, g global ba
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from ldm.config import ClipConfig, TowerConfig
 from ldm.data.sources import DataSource
 from ldm.models.text_encoder import TextEncoder, TransformersTower
 from ldm.training.config import ClipTraining
-from ldm.training.stage import Batch, Stage, load_pixels
+from ldm.training.stage import Batch, Stage, load_sample
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
@@ -42,14 +43,14 @@ class ClipData(Dataset[Batch]):
 
     def __getitem__(self, place: tuple[int, int]) -> Batch:
         index, visit = place
-        pixels = load_pixels(self.source, index, visit, self.config, augment=not self.validation)
-        return {"pixels": pixels, "caption": self.source[index].caption}
+        augment = not self.validation
+        pixels, caption = load_sample(self.source, index, visit, self.config, augment=augment)
+        return {"pixels": pixels, "caption": caption}
 
 
 class ClipStage(Stage):
     """Trains both towers of a transformers CLIPModel."""
 
-    monitor: ClassVar[str] = "accuracy"
     config: ClipTraining
 
     def __init__(self, config: ClipTraining):
@@ -88,10 +89,9 @@ class ClipStage(Stage):
         """Write `clip/` (both towers), and `text_encoder/` and `tokenizer/` for the U-Net stage."""
         from transformers import CLIPImageProcessor
 
-        TextEncoder(TransformersTower(self.clip.text_model, self.tokenizer)).save(
-            folder / "text_encoder", folder / "tokenizer"
-        )
-        self.clip.text_model.requires_grad_(True)
+        # A copy, because a TextEncoder freezes its tower, and this one is being trained.
+        tower = TransformersTower(deepcopy(self.clip.text_model), self.tokenizer)
+        TextEncoder(tower).save(folder / "text_encoder", folder / "tokenizer")
         self.clip.save_pretrained(folder / "clip")
         self.tokenizer.save_pretrained(folder / "clip")
         size = self.config.clip.image_size

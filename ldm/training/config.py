@@ -36,7 +36,8 @@ class TrainingConfig:
         gradient_accumulation_steps: pieces in which each process works through its share.
         max_train_steps: optimizer steps.
         learning_rate: after warm-up.
-        lr_scheduler: what the learning rate does after warm-up, down to zero at the last step.
+        lr_scheduler: what the learning rate does after warm-up; zero is where it would be after
+            the last step.
         lr_warmup_steps: optimizer steps of linear warm-up.
         adam_beta1: decay of AdamW's first moment.
         adam_beta2: decay of AdamW's second moment.
@@ -54,7 +55,7 @@ class TrainingConfig:
         validation_steps: optimizer steps between validations, each with its sample grid.
         validation_samples: pictures in the validation loss.
         logging_steps: optimizer steps between writes of metrics.jsonl and the trackers.
-        report_to: an Accelerate tracker, such as `tensorboard` or `wandb`.
+        report_to: an Accelerate tracker, such as `tensorboard` or `wandb`; or `none`.
     """
 
     output_dir: Path = Path("outputs/model")
@@ -101,6 +102,9 @@ class TrainingConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
+        for name in ("checkpoints_total_limit", "max_train_samples"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ConfigError(f"{name} is {number}; it must be positive, or left out for all")
         for name in ("validation_split", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
@@ -118,6 +122,8 @@ class VaeTraining(TrainingConfig):
     Attributes:
         vae: the autoencoder to train from scratch.
         pretrained_model_name_or_path: a model whose autoencoder to train on instead.
+        decoder_only: leave the encoder and the latents' scale as they are, so that a U-Net trained
+            on these latents stays valid.
         rec_loss: the reconstruction loss, a mean over pixels and channels.
         kl_scale: weight of the KL divergence, a mean over pixels and channels likewise.
         perceptual_scale: weight of LPIPS (needs the `lpips` package and its VGG weights).
@@ -128,6 +134,7 @@ class VaeTraining(TrainingConfig):
 
     vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     pretrained_model_name_or_path: str | None = None
+    decoder_only: bool = False
     rec_loss: Literal["l1", "l2"] = "l1"
     kl_scale: float = 1e-6
     perceptual_scale: float = 0.0
@@ -137,13 +144,20 @@ class VaeTraining(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.resolution % self.vae.downsample_factor:
-            raise ConfigError(
-                f"resolution {self.resolution} is not a multiple of {self.vae.downsample_factor},"
-                " the autoencoder's downsampling factor"
-            )
+        if not self.pretrained_model_name_or_path:
+            check_resolution(self.resolution, self.vae.downsample_factor)
         if self.mixed_precision == "fp16" and self.disc_start is not None:
             raise ConfigError("two optimizers cannot share one fp16 loss scale; use bf16")
+        if self.disc_start is not None and self.gradient_accumulation_steps > 1:
+            raise ConfigError(
+                "the adversarial loss is weighed by the gradients of the whole batch, so it cannot"
+                " be accumulated; set gradient_accumulation_steps to 1"
+            )
+        if self.decoder_only and not self.pretrained_model_name_or_path:
+            raise ConfigError(
+                "decoder_only needs the encoder of a trained model; set"
+                " pretrained_model_name_or_path"
+            )
 
 
 @dataclass(frozen=True)
@@ -213,6 +227,18 @@ class UNetTraining(TrainingConfig):
             raise ConfigError(
                 "cache_latents keeps one view of a picture; turn random_flip off and center_crop on"
             )
+
+
+def check_resolution(resolution: int, factor: int) -> None:
+    """Refuse pictures, in pixels, that the VAE's downsampling factor does not divide.
+
+    Raises:
+        ConfigError: it leaves a rest.
+    """
+    if resolution % factor:
+        raise ConfigError(
+            f"resolution {resolution} is not a multiple of {factor}, the VAE's downsampling factor"
+        )
 
 
 STAGES: dict[str, type[TrainingConfig]] = {

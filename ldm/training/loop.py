@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_tensorboard_available
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm.data.order import check_length, positions, rank_slots
 from ldm.data.sources import DataSource, Subset, open_source, split_source
-from ldm.errors import ConfigError, suggest
+from ldm.errors import ConfigError, DataError, suggest
 from ldm.training.config import STAGES, TrainingConfig, learning_rate_at
 from ldm.training.stage import Batch, Stage
-from ldm.training.state import TrainingState, checkpoints, find_checkpoint, publish
+from ldm.training.state import TrainingState, checkpoints, find_checkpoint, publish, sweep
 
 
 def open_data(config: TrainingConfig) -> tuple[DataSource, DataSource]:
@@ -47,7 +49,7 @@ def open_data(config: TrainingConfig) -> tuple[DataSource, DataSource]:
     if config.max_train_samples:
         train = Subset(train, range(min(config.max_train_samples, len(train))))
     check_length(len(train), config.train_batch_size)
-    return train, validation
+    return train, Subset(validation, range(min(config.validation_samples, len(validation))))
 
 
 def make_stage(name: str, config: Any) -> Stage:
@@ -75,22 +77,28 @@ def train(name: str, config: TrainingConfig) -> Path:
         The output folder, which then holds the finished model.
 
     Raises:
-        ConfigError: the batch cannot be shared out over the processes.
+        ConfigError: the options do not fit each other, the processes or the output folder; or the
+            training diverges.
         DataError: the data cannot be used.
         CheckpointError: the checkpoint to resume from cannot be used.
     """
-    data, validation_data = open_data(config)
-    stage = make_stage(name, config)
-    tracker = _tracker(config)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, log_with=tracker, project_dir=config.output_dir
-    )
-    say = accelerator.print
     if not config.resume_from_checkpoint and checkpoints(config.output_dir):
         raise ConfigError(
             f"{config.output_dir} holds checkpoints already; add --resume_from_checkpoint latest to"
             " go on, or choose another --output_dir"
         )
+    data, validation_data = open_data(config)
+    stage = make_stage(name, config)
+    tracker = _tracker(config)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, log_with=tracker, project_dir=config.output_dir
+        )
+    except ValueError as error:  # a precision that this machine does not have
+        raise ConfigError(str(error)) from None
+    say = accelerator.print
+    if accelerator.is_main_process:
+        sweep(config.output_dir)
     accelerator.wait_for_everyone()
     stage.setup(data, validation_data, accelerator.device)
     for module in stage.players.values():
@@ -153,13 +161,13 @@ def _gradients(
     total: dict[str, Tensor] = {}
     for piece, batch in enumerate(batches):
         for name in playing:
-            for other in playing:  # a turn of one player leaves no gradient in another
-                stage.players[other].requires_grad_(other == name)
             silent = piece < len(batches) - 1  # gradients are averaged over processes once
             module = stage.players[name]
+            own = [p for p in module.parameters() if p.requires_grad]
             with accelerator.no_sync(module) if silent else nullcontext(), accelerator.autocast():
                 figures = stage.loss(name, batch, step)
-            accelerator.backward(figures["loss"] / len(batches))
+            # A turn of one player leaves no gradient in another.
+            accelerator.backward(figures["loss"] / len(batches), inputs=own)
             prefix = "" if name == playing[0] else f"{name}_"
             for key, value in figures.items():
                 share = value.detach() / len(batches)
@@ -197,30 +205,32 @@ def _steps(
         )
     )
     for _ in range(start, config.max_train_steps):
-        yield [_move(next(loader), accelerator.device) for _ in range(pieces)]
+        try:
+            batches = [next(loader) for _ in range(pieces)]
+        except DataError as error:  # from a loader's worker it comes with its whole traceback
+            raise DataError(str(error).strip().split("\n")[-1]) from None
+        yield [_move(batch, accelerator.device) for batch in batches]
 
 
 @torch.no_grad()
 def _validate(
     stage: Stage, source: DataSource, state: TrainingState, accelerator: Accelerator
 ) -> tuple[dict[str, float], Any]:
-    """Mean figures over the first validation samples, and a preview, both of the average."""
-    count, size = min(len(source), state.config.validation_samples), 32
-    indices = [(i, 0) for i in range(count)]
-    chunks = [indices[i : i + size] for i in range(0, count, size)]
+    """Mean figures over the validation samples, and a preview, both of the average."""
+    indices, size = [(i, 0) for i in range(len(source))], 32
+    chunks = [indices[i : i + size] for i in range(0, len(indices), size)]
     mine = chunks[accelerator.process_index :: accelerator.num_processes]
     loader = DataLoader(stage.dataset(source, validation=True), batch_sampler=mine)
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, float] = {}
     with state.averaged():
         for batch in loader:
             batch = _move(batch, accelerator.device)
             with accelerator.autocast():
                 for key, value in stage.validate(batch).items():
-                    sums[key] = sums.get(key, 0) + value.double().sum()
+                    sums[key] = sums.get(key, 0) + float(value.sum())
         preview = stage.preview() if accelerator.is_main_process else None
-    accelerator.wait_for_everyone()
-    reduce: Callable[[Tensor], Any] = accelerator.reduce
-    means = {k: float(reduce(v)) / count for k, v in sorted(sums.items())}
+    parts = gather_object([sums])  # a process may have had no share
+    means = {k: sum(p.get(k, 0) for p in parts) / len(source) for k in sorted(parts[0])}
     return means, preview
 
 
@@ -287,6 +297,12 @@ class _Log:
         rows[-1]["images_per_second"] = rate
         self._write(rows)
         self._show(loss=f"{rows[-1]['loss']:.4f}", images_per_s=f"{rate:.1f}")
+        for row in rows:  # before a checkpoint is written that holds nothing but this
+            if bad := [name for name, value in row.items() if not isfinite(value)]:
+                raise ConfigError(
+                    f"{bad[0]} is {row[bad[0]]} at step {row['step']}: the training diverges; lower"
+                    " learning_rate or raise lr_warmup_steps, and start anew in another output_dir"
+                )
         self.pending.clear()
         self.since = time.perf_counter()
 
@@ -294,9 +310,7 @@ class _Log:
         self.flush()
         if figures:
             self._write([{"step": step, **{f"validation_{k}": v for k, v in figures.items()}}])
-            first = next(iter(figures))
-            name = "loss" if "loss" in figures else first
-            self._show(validation=f"{figures[name]:.4f}")
+            self._show(validation=f"{figures['loss']:.4f}")
         if preview is not None:
             folder = self.config.output_dir / "samples"
             folder.mkdir(exist_ok=True)
@@ -333,18 +347,28 @@ def _truncate(file: Path, step: int) -> None:
                 lines.append(line + "\n")
         except ValueError:  # a line torn by a kill
             break
-    file.write_text("".join(lines), encoding="utf-8")
+    temporary = file.with_suffix(".tmp")  # a kill must not cost the log
+    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.replace(file)
 
 
 def _tracker(config: TrainingConfig) -> str | None:
-    if config.report_to == "tensorboard" and not is_tensorboard_available():
-        print("tensorboard is not installed: metrics go to metrics.jsonl only")
+    name = config.report_to
+    if name in (None, "none"):
         return None
-    return config.report_to
+    if name not in LoggerType.list():
+        raise ConfigError(f"no tracker '{name}'; {suggest(name, ['none', *LoggerType.list()])}")
+    if LoggerType(name) not in get_available_trackers():
+        print(f"{name} is not installed: metrics go to metrics.jsonl only")
+        return None
+    return name
 
 
 def _move(batch: Batch, device: torch.device) -> Batch:
+    """Pictures and noises go to the device; timesteps stay, since the CPU has the schedule."""
     return {
-        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        key: value.to(device, non_blocking=True)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
         for key, value in batch.items()
     }

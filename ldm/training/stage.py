@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -31,11 +31,9 @@ class Stage(ABC):
     Attributes:
         players: the trained modules by name, each with an optimizer of its own. In every step they
             take turns in this order (a GAN has two).
-        monitor: the name of the validation figure that tells how good the model is.
     """
 
     players: dict[str, nn.Module]
-    monitor: ClassVar[str] = "loss"
 
     def __init__(self, config: TrainingConfig):
         self.config = config
@@ -58,7 +56,7 @@ class Stage(ABC):
 
     @abstractmethod
     def validate(self, batch: Batch) -> dict[str, Tensor]:
-        """Figures of the samples of a validation batch, each of shape b."""
+        """Figures of the samples of a validation batch, each of shape b; `loss` is one."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -77,10 +75,10 @@ class Stage(ABC):
         return self.config.learning_rate
 
 
-def load_pixels(
+def load_sample(
     source: DataSource, index: int, visit: int, config: TrainingConfig, *, augment: bool
-) -> Tensor:
-    """The picture of a sample as the run wants it, float32 in [-1, 1], 3 h w.
+) -> tuple[Tensor, str]:
+    """A sample as the run wants it: its picture, float32 in [-1, 1], 3 h w, and its caption.
 
     Args:
         source: where from.
@@ -93,7 +91,7 @@ def load_pixels(
         DataError: the picture cannot be read; the line names it.
     """
     sample = source[index]
-    return prepare(
+    pixels = prepare(
         sample.image,
         config.resolution,
         center_crop=config.center_crop or not augment,
@@ -102,3 +100,4 @@ def load_pixels(
         interpolation=config.image_interpolation_mode,
         key=sample.key,
     )
+    return pixels, sample.caption

@@ -110,7 +110,8 @@ class TrainingState:
             write_manifest(temporary)
         if self.config.checkpoints_total_limit:
             for old in checkpoints(self.config.output_dir)[: -self.config.checkpoints_total_limit]:
-                shutil.rmtree(old)
+                # Renamed first, so that a kill here leaves no half a checkpoint.
+                shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
         return folder
 
     def save_model(self, folder: Path) -> None:
@@ -129,10 +130,12 @@ class TrainingState:
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint.
 
+        Args:
+            folder: a whole one, as `find_checkpoint` gives it.
+
         Raises:
-            CheckpointError: it is damaged, or belongs to other data or another configuration.
+            CheckpointError: it belongs to other data or another configuration.
         """
-        verify(folder)
         state = folder / "training_state"
         stored = read_json(state / "state.json")
         self._refuse_changes(stored, folder)
@@ -158,10 +161,15 @@ class TrainingState:
     def _load_moments(self, player: str, tensors: dict[str, Tensor]) -> None:
         state = self.optimizers[player].state
         for name, parameter in self.modules[player].named_parameters():
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            if f"{name}.step" in tensors:  # a player that has not yet played has no moments
-                moments = {key: tensors[f"{name}.{key}"].to(parameter.device) for key in keys}
-                state[parameter] = moments
+            if f"{name}.step" not in tensors:  # a player that has not yet played has no moments
+                continue
+            # The fused AdamW goes through memory: moments must lie there as the weights do, which
+            # may be channels-last, while files are always row by row.
+            moments = {
+                key: torch.empty_like(parameter).copy_(tensors[f"{name}.{key}"])
+                for key in ("exp_avg", "exp_avg_sq")
+            }
+            state[parameter] = moments | {"step": tensors[f"{name}.step"].to(parameter.device)}
 
     def _refuse_changes(self, stored: dict[str, Any], folder: Path) -> None:
         if stored["data"] != self.fingerprint:
@@ -170,7 +178,9 @@ class TrainingState:
                 " restore the data, or start anew in another output_dir"
             )
         now, then = _plain(asdict(self.config)), stored["config"]
-        changed = [k for k in now if k not in FREE and now[k] != then.get(k)]
+        # At a constant learning rate a run may be prolonged: its steps do not depend on its end.
+        free = FREE | ({"max_train_steps"} if now["lr_scheduler"] == "constant" else set())
+        changed = [k for k in now if k not in free and now[k] != then.get(k)]
         if changed:
             shown = "; ".join(f"{k} was {then.get(k)}, is {now[k]}" for k in changed[:4])
             raise CheckpointError(
@@ -186,6 +196,13 @@ def checkpoints(output_dir: Path) -> list[Path]:
         if match := re.fullmatch(r"checkpoint-(\d+)", folder.name):
             found[int(match[1])] = folder
     return [found[step] for step in sorted(found)]
+
+
+def sweep(output_dir: Path) -> None:
+    """Remove what a kill in the middle of writing or pruning a checkpoint has left."""
+    for end in ("tmp", "old"):
+        for folder in output_dir.glob(f".checkpoint-*.{end}"):
+            shutil.rmtree(folder)
 
 
 def find_checkpoint(resume: str, output_dir: Path) -> Path | None:

@@ -28,8 +28,8 @@ from ldm.models.autoencoder import DiagonalGaussian
 from ldm.models.unet import UNet
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.rng import Draws
-from ldm.training.config import UNetTraining
-from ldm.training.stage import Batch, Stage, load_pixels
+from ldm.training.config import UNetTraining, check_resolution
+from ldm.training.stage import Batch, Stage, load_sample
 
 PREVIEW_SEED = 0
 
@@ -63,8 +63,9 @@ class UNetData(Dataset[Batch]):
                 "moments": self.cache.moments[index],
                 "context": self.cache.contexts[row],
             }
-        pixels = load_pixels(self.source, index, visit, self.config, augment=not self.validation)
-        return item | {"pixels": pixels, "caption": "" if empty else self.source[index].caption}
+        augment = not self.validation
+        pixels, caption = load_sample(self.source, index, visit, self.config, augment=augment)
+        return item | {"pixels": pixels, "caption": "" if empty else caption}
 
 
 class UNetStage(Stage):
@@ -74,14 +75,14 @@ class UNetStage(Stage):
 
     def __init__(self, config: UNetTraining):
         super().__init__(config)
-        base = locate_model(config.pretrained_model_name_or_path)
+        base = config.pretrained_model_name_or_path
         vae = locate_model(config.pretrained_vae_model_name_or_path or base)
         text = locate_model(config.pretrained_text_encoder_name_or_path or base)
         self.vae = load_vae(vae / "vae", dtype=torch.float32).requires_grad_(False)
         self.text_encoder = load_text_encoder(text, dtype=torch.float32)
         if config.unet is None:
-            self.unet = load_unet(base / "unet", dtype=torch.float32)
-            self.schedule = load_schedule(base / "scheduler")
+            self.unet = load_unet(locate_model(base) / "unet", dtype=torch.float32)
+            self.schedule = load_schedule(locate_model(base) / "scheduler")
         else:
             torch.manual_seed(config.seed)
             self.unet = UNet(config.unet)
@@ -125,7 +126,11 @@ class UNetStage(Stage):
         pipeline = self._pipeline()
         pipeline.set_progress_bar_config(disable=True)
         images = pipeline(
-            self.prompts, num_images_per_prompt=self.config.num_validation_images, seed=PREVIEW_SEED
+            self.prompts,
+            height=self.config.resolution,
+            width=self.config.resolution,
+            num_images_per_prompt=self.config.num_validation_images,
+            seed=PREVIEW_SEED,
         ).images
         return image_grid(images, columns=self.config.num_validation_images)
 
@@ -135,9 +140,8 @@ class UNetStage(Stage):
 
     def _losses(self, unet: nn.Module, batch: Batch, snr_gamma: float | None) -> Tensor:
         x0, context = self._latents(batch), self._context(batch)  # b l h w, b n d
-        t = batch["t"].cpu()
         return diffusion_loss(
-            unet, self.schedule, x0, batch["noise"], t, context, min_snr_gamma=snr_gamma
+            unet, self.schedule, x0, batch["noise"], batch["t"], context, min_snr_gamma=snr_gamma
         )  # b
 
     @torch.no_grad()
@@ -157,10 +161,10 @@ class UNetStage(Stage):
             return self.text_encoder.encode(batch["caption"])  # b n d
 
     def _encode(self, source: DataSource) -> LatentCache:
-        def pixels(index: int) -> Tensor:
-            return load_pixels(source, index, 0, self.config, augment=False)
+        def load(index: int) -> tuple[Tensor, str]:
+            return load_sample(source, index, 0, self.config, augment=False)
 
-        return encode_source(source, pixels, self.vae, self.text_encoder, self.device)
+        return encode_source(load, len(source), self.vae, self.text_encoder, self.device)
 
     def _pipeline(self) -> LatentDiffusionPipeline:
         defaults = {
@@ -174,18 +178,21 @@ class UNetStage(Stage):
     def _check(self) -> None:
         """The parts must fit each other, and the pictures the parts."""
         unet, vae = self.unet.config, self.vae.config
-        if unet.in_channels != vae.latent_channels:
-            raise ConfigError(
-                f"unet.in_channels is {unet.in_channels} but the VAE's latents have"
-                f" {vae.latent_channels} channels; make them equal"
-            )
+        for name in ("in_channels", "out_channels"):
+            if getattr(unet, name) != vae.latent_channels:
+                raise ConfigError(
+                    f"unet.{name} is {getattr(unet, name)} but the VAE's latents have"
+                    f" {vae.latent_channels} channels; make them equal"
+                )
         if unet.cross_attention_dim != self.text_encoder.dim:
             raise ConfigError(
                 f"unet.cross_attention_dim is {unet.cross_attention_dim} but the text encoder's"
                 f" width is {self.text_encoder.dim}; make them equal"
             )
-        if self.config.resolution % vae.downsample_factor:
+        check_resolution(self.config.resolution, vae.downsample_factor)
+        side = self.config.resolution // vae.downsample_factor
+        if self.config.unet is not None and unet.sample_size != side:
             raise ConfigError(
-                f"resolution {self.config.resolution} is not a multiple of {vae.downsample_factor},"
-                " the VAE's downsampling factor"
+                f"unet.sample_size is {unet.sample_size} but the latents of"
+                f" {self.config.resolution} pixels have side {side}; make them equal"
             )

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ from ldm.images import image_grid, to_pil
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.rng import Draws
-from ldm.training.config import VaeTraining
-from ldm.training.stage import Batch, Stage, load_pixels
+from ldm.training.config import VaeTraining, check_resolution
+from ldm.training.stage import Batch, Stage, load_sample
 
 SCALE_SAMPLES = 512  # pictures over which the latents' spread is measured
 
@@ -42,7 +42,8 @@ class VaeData(Dataset[Batch]):
 
     def __getitem__(self, place: tuple[int, int]) -> Batch:
         index, visit = place
-        pixels = load_pixels(self.source, index, visit, self.config, augment=not self.validation)
+        augment = not self.validation
+        pixels, _ = load_sample(self.source, index, visit, self.config, augment=augment)
         draws = Draws(self.config.seed, "posterior", index, visit)
         return {"pixels": pixels, "noise": torch.from_numpy(draws.normal(*self.latent_shape))}
 
@@ -50,7 +51,6 @@ class VaeData(Dataset[Batch]):
 class VaeStage(Stage):
     """Trains an `AutoencoderKL`, and from `disc_start` on a discriminator against it."""
 
-    monitor: ClassVar[str] = "psnr"
     config: VaeTraining
 
     def __init__(self, config: VaeTraining):
@@ -61,7 +61,11 @@ class VaeStage(Stage):
             self.vae = self.vae.float()
         else:
             self.vae = AutoencoderKL(config.vae)
+        check_resolution(config.resolution, self.vae.config.downsample_factor)
         self.vae.gradient_checkpointing = config.gradient_checkpointing
+        if config.decoder_only:
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
         self.players: dict[str, nn.Module] = {"vae": self.vae}
         if config.disc_start is not None:
             self.players["discriminator"] = PatchDiscriminator(self.vae.config.in_channels)
@@ -129,20 +133,23 @@ class VaeStage(Stage):
 
     def save(self, folder: Path) -> None:
         """Write `vae/`, with the scale that gives its latents unit variance."""
-        self.vae.config = replace(self.vae.config, scaling_factor=1 / self._latent_std())
+        if not self.config.decoder_only:
+            self.vae.config = replace(self.vae.config, scaling_factor=1 / self._latent_std())
         save_vae(self.vae, folder / "vae")
 
     @torch.no_grad()
     def _latent_std(self) -> float:
-        """Standard deviation of raw latents over the first training pictures (Rombach, app. G)."""
+        """Standard deviation of raw latents over the training pictures (Rombach, appendix G)."""
         data = self.dataset(self.train_data, validation=True)
-        count = min(SCALE_SAMPLES, len(self.train_data))
+        length = len(self.train_data)
+        count = min(SCALE_SAMPLES, length)
+        places = [i * length // count for i in range(count)]  # data may be sorted by what it shows
         total = square = number = 0.0
         for start in range(0, count, 32):
-            items = [data[i, 0] for i in range(start, min(start + 32, count))]
+            items = [data[place, 0] for place in places[start : start + 32]]
             pixels = torch.stack([item["pixels"] for item in items]).to(self.device)
             noise = torch.stack([item["noise"] for item in items]).to(self.device)
-            latents = self.vae.encode(pixels).sample(noise).double()
+            latents = self.vae.encode(pixels).sample(noise).cpu().double()
             total += float(latents.sum())
             square += float(latents.square().sum())
             number += latents.numel()
@@ -160,7 +167,15 @@ class VaeStage(Stage):
         last = self.vae.last_layer
         (pull,) = torch.autograd.grad(reconstruction, last, retain_graph=True)
         (push,) = torch.autograd.grad(adversarial, last, retain_graph=True)
-        return (pull.norm() / (push.norm() + 1e-4)).clamp(0, 1e4).detach()
+        return (_mean(pull).norm() / (_mean(push).norm() + 1e-4)).clamp(0, 1e4).detach()
+
+
+def _mean(gradient: Tensor) -> Tensor:
+    """The mean over all processes: how they share out the batch must change nothing."""
+    if dist.is_initialized():
+        dist.all_reduce(gradient)
+        gradient = gradient / dist.get_world_size()
+    return gradient
 
 
 def _lpips() -> nn.Module:

@@ -1,0 +1,37 @@
+"""Serve a model as a web page on this machine: `python scripts/web.py [--model flowers]`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+
+import _ours  # noqa: F401
+
+from ldm.checkpoint.locate import locate_model
+from ldm.cli import run
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = ArgumentParser("web.py", description=__doc__)
+    parser.add_argument("--model", default="flowers", help="a bundled model or a model folder")
+    parser.add_argument("--device", help="cuda if there is one, else cpu")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves the whole network")
+    parser.add_argument("--port", type=int, default=7860)
+    options = parser.parse_args(arguments)
+    model = locate_model(options.model)
+
+    import torch
+
+    from ldm.pipeline import LatentDiffusionPipeline
+    from ldm.web import page
+
+    pipeline = LatentDiffusionPipeline.from_pretrained(model)
+    pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipeline.set_progress_bar_config(disable=True)
+    page(pipeline, f"ldm: {model.name}").launch(
+        server_name=options.host, server_port=options.port, share=False
+    )
+
+
+if __name__ == "__main__":
+    run(main)

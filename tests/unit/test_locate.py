@@ -1,0 +1,104 @@
+"""From what a user types to a folder, and never to the network without need."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ldm.checkpoint import locate
+from ldm.checkpoint.locate import bundled_models, downsample_factor, locate_model
+from ldm.errors import CheckpointError, ConfigError
+
+
+@pytest.fixture
+def bundled(tmp_path, monkeypatch):
+    """Two models that come with the package."""
+    for name in ("flowers", "portraits"):
+        (tmp_path / "bundled" / name).mkdir(parents=True)
+        (tmp_path / "bundled" / name / "model_index.json").write_text("{}")
+    (tmp_path / "bundled" / "half-written").mkdir()
+    monkeypatch.setattr(locate, "PRETRAINED", tmp_path / "bundled")
+    return tmp_path / "bundled"
+
+
+def test_folders_and_bundled_names(bundled, tmp_path, monkeypatch):
+    assert bundled_models() == ["flowers", "portraits"]
+    assert locate_model("flowers") == bundled / "flowers"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flowers").mkdir()
+    assert locate_model("flowers").resolve() == tmp_path / "flowers"  # a folder goes first
+    assert locate_model(tmp_path / "bundled" / "flowers") == bundled / "flowers"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert locate_model("~/flowers") == tmp_path / "flowers"
+
+
+def test_a_wrong_name_gets_the_nearest(bundled, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        locate_model("flower")
+    assert str(error.value) == (
+        "no model 'flower', neither a folder nor bundled; did you mean 'flowers'? Choose from:"
+        " flowers, portraits"
+    )
+    for name in ("/no/such/folder", "./no/such", "../no", "~/no", "a/b/c", "half-written"):
+        with pytest.raises(ConfigError, match="no model"):
+            locate_model(name)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ConfigError, match="model.safetensors is a file; give a model folder"):
+        locate_model(tmp_path / "model.safetensors")
+
+
+def test_hub_name_from_the_cache(tmp_path, monkeypatch):
+    commit = "0" * 39 + "1"
+    repo = tmp_path / "models--some-owner--some-model"
+    snapshot = repo / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "model_index.json").write_text("{}")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert locate_model("some-owner/some-model", local_files_only=True) == snapshot
+    assert locate_model("some-owner/some-model", revision=commit, local_files_only=True) == snapshot
+    with pytest.raises(CheckpointError, match="neither a folder nor in the hub's cache") as error:
+        locate_model("some-owner/some-model", revision="v2", local_files_only=True)
+    assert "\n" not in str(error.value)
+
+
+def test_hub_name_that_is_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for options in ({}, {"local_files_only": True}):
+        with pytest.raises(CheckpointError, match="'outputs/model' is neither a folder") as error:
+            locate_model("outputs/model", **options)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="no model 'my models/one two'"):
+        locate_model("my models/one two")
+
+
+@pytest.mark.parametrize(("levels", "factor"), [(1, 1), (3, 4), (4, 8)])
+def test_downsample_factor(tmp_path, levels, factor):
+    (tmp_path / "vae").mkdir()
+    file = tmp_path / "vae" / "config.json"
+    file.write_text(json.dumps({"block_out_channels": [8] * levels}))
+    assert downsample_factor(tmp_path) == factor
+
+
+def test_downsample_factor_errors(tmp_path):
+    with pytest.raises(CheckpointError, match="no file .*vae/config.json"):
+        downsample_factor(tmp_path)
+    (tmp_path / "vae").mkdir()
+    for text in ("{", "{}", '{"block_out_channels": 3}', "[]", '{"block_out_channels": []}'):
+        (tmp_path / "vae" / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match="config.json is damaged") as error:
+            downsample_factor(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_imports_no_torch():
+    code = (
+        "import sys; from ldm.checkpoint.locate import locate_model\n"
+        "try: locate_model('flowrs')\n"
+        "except Exception: pass\n"
+        "sys.exit(bool({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
