@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import re
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from ldm.errors import ConfigError, LdmError
 
@@ -35,6 +36,19 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class Parser(ArgumentParser):
+    """argparse's; but a mistake is one line, and it names the nearest option."""
+
+    def __init__(self, prog: str, **options: Any):
+        super().__init__(prog, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments: (-[\w-]+)", message)
+        near = get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
+        hint = f"did you mean '{near[0]}'?" if near else "--help lists the options"
+        raise ConfigError(f"{message}; {hint}")
+
+
 def parse_config(
     config_class: type[Config],
     arguments: Sequence[str],
@@ -52,9 +66,10 @@ def parse_config(
     Raises:
         ConfigError: an unknown key (the line names the nearest one) or a value of another type.
     """
-    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+    import jsonargparse
+    from jsonargparse import ActionConfigFile, ArgumentError
 
-    parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
+    parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file of these options")
     parser.add_class_arguments(config_class)
     named = any(word.split("=")[0] == "--config" for word in arguments)
@@ -79,7 +94,15 @@ def _one_line(message: str, config_class: type) -> str:
         near = get_close_matches(name, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "--help lists the options"
         return f"unknown option '{name}'; {hint}"
-    return " ".join(message.split())
+    message = " ".join(message.split())
+    if missing := re.search(r"File does not exist: '(.+)'|Path is not a file: '(.+)'", message):
+        return f"no file {missing[1] or missing[2]}; --config wants a YAML file of options"
+    keys = re.findall(r'Parser key "([\w.]+)"', message)
+    wrong = re.search(r"Expected a (.+?)\. Got value: (.*?)(?: - |$)", message)
+    if keys and wrong:  # the innermost key stands nearest to what is expected of it
+        kind = re.sub(r"<class '(\w+)'>", r"\1", wrong[1]).replace("typing.Literal", "one of ")
+        return f"{'.'.join(dict.fromkeys(keys))} is {wrong[2]}; it must be {kind}"
+    return f"{message}; --help lists the options"
 
 
 def _keys(config_class: Any, prefix: str = "") -> Iterator[str]:

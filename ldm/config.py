@@ -63,18 +63,25 @@ class UNetConfig:
             raise ConfigError(
                 "unet: give num_attention_heads or attention_head_dim, one of the two"
             )
+        numbers = ("sample_size", "in_channels", "out_channels", "layers_per_block")
+        _check_positive("unet", self, *numbers, "transformer_layers_per_block")
+        _check_positive("unet", self, "cross_attention_dim", "norm_num_groups")
         _check_groups("unet", self.block_out_channels, self.norm_num_groups)
-        for width, heads in zip(self.block_out_channels, self.heads, strict=True):
-            if heads < 1 or width % heads:
-                raise ConfigError(
-                    f"unet: a width of {width} cannot be split into {heads} attention heads"
-                )
+        if (head_width := self.attention_head_dim) is not None:
+            _check_positive("unet", self, "attention_head_dim")
+        used = (*self.cross_attention[:-1], True)  # the middle block has attention in any case
+        for width, heads, here in zip(self.block_out_channels, self.heads, used, strict=True):
+            if here and (heads < 1 or width != heads * (head_width or width // heads)):
+                parts = f"heads of width {head_width}" if head_width else f"{heads} heads"
+                raise ConfigError(f"unet: a width of {width} cannot be split into {parts}")
 
     @property
     def heads(self) -> tuple[int, ...]:
         """Attention heads at each level, finest first."""
         if self.attention_head_dim is not None:
-            return tuple(width // self.attention_head_dim for width in self.block_out_channels)
+            return tuple(
+                max(width // self.attention_head_dim, 1) for width in self.block_out_channels
+            )
         if isinstance(self.num_attention_heads, int):
             return (self.num_attention_heads,) * len(self.block_out_channels)
         heads = tuple(self.num_attention_heads or ())
@@ -115,6 +122,8 @@ class AutoencoderConfig:
     mid_block_add_attention: bool = True
 
     def __post_init__(self) -> None:
+        numbers = ("in_channels", "out_channels", "latent_channels", "layers_per_block")
+        _check_positive("vae", self, *numbers, "norm_num_groups", "sample_size")
         _check_groups("vae", self.block_out_channels, self.norm_num_groups)
         if self.scaling_factor <= 0:
             raise ConfigError(f"vae: scaling_factor is {self.scaling_factor}; it must be positive")
@@ -259,6 +268,12 @@ def check_size(height: int, width: int, factor: int) -> None:
             raise ConfigError(
                 f"{name} is {side}; it must be a positive multiple of {factor}, such as {near}"
             )
+
+
+def _check_positive(model: str, config: object, *names: str) -> None:
+    for name in names:
+        if (value := getattr(config, name)) < 1:
+            raise ConfigError(f"{model}: {name} is {value}; it must be 1 or more")
 
 
 def _check_groups(model: str, widths: tuple[int, ...], groups: int) -> None:

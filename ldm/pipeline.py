@@ -151,7 +151,16 @@ class LatentDiffusionPipeline:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> LatentDiffusionPipeline:
-        """Move the models to a device and a dtype; returns the pipeline itself."""
+        """Move the models to a device and a dtype; returns the pipeline itself.
+
+        Raises:
+            ConfigError: this machine has no such device.
+        """
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            said = str(error).split("\n")[0]
+            raise ConfigError(f"device '{device}' cannot be used here: {said}") from None
         for model in (self.unet, self.vae, self.text_encoder):
             model.to(device=device, dtype=dtype)
         return self

@@ -6,18 +6,17 @@ Draws the prompts, judges the pixels, and writes each set of pictures as a grid 
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
 import _ours  # noqa: F401
 
 from ldm.checkpoint.locate import locate_model
-from ldm.cli import run
+from ldm.cli import Parser, run
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = ArgumentParser("evaluate.py", description=__doc__)
+    parser = Parser("evaluate.py", description=__doc__)
     parser.add_argument("--model", default="flowers", help="a bundled model or a model folder")
     parser.add_argument("--number", type=int, default=100, help="pictures for each figure")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture")

@@ -15,6 +15,7 @@ import _ours  # noqa: F401
 from ldm.cli import parse_config, run
 from ldm.errors import ConfigError, suggest
 from ldm.training.config import STAGES
+from ldm.training.data import open_data
 
 RECIPES = Path(__file__).parents[1] / "configs" / "flowers"
 
@@ -27,10 +28,11 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"no stage '{stage}'; {suggest(stage, STAGES)}")
     prog = f"train.py {stage}"
     config = parse_config(STAGES[stage], rest, prog, RECIPES / f"{stage}.yaml")
+    sources = open_data(config)
 
     from ldm.training.loop import train
 
-    train(stage, config)
+    train(stage, config, sources)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import ArgumentDefaultsHelpFormatter, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -11,13 +11,13 @@ from typing import get_args
 import _ours  # noqa: F401
 
 from ldm.checkpoint.locate import downsample_factor, locate_model
-from ldm.cli import run
+from ldm.cli import Parser, run
 from ldm.config import SamplerName, Spacing, check_size
 from ldm.errors import ConfigError, suggest
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
-    parser = ArgumentParser(
+    parser = Parser(
         "txt2img.py", description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
@@ -55,13 +55,22 @@ def parse(arguments: Sequence[str]) -> Namespace:
     return parser.parse_args(arguments)
 
 
+def next_number(folder: Path, prefix: str) -> int:
+    """One more than the highest number of the pictures `<prefix><number>.png` of a folder."""
+    numbers = (path.stem.removeprefix(prefix) for path in folder.glob(f"{prefix}*.png"))
+    return max((int(n) for n in numbers if n.isdecimal()), default=-1) + 1
+
+
 def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     prompts = options.prompts + options.prompt
     if options.from_file:
         if not options.from_file.is_file():
             raise ConfigError(f"no file {options.from_file}; --from-file wants a prompt a line")
-        lines = options.from_file.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = options.from_file.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise ConfigError(f"{options.from_file} is not UTF-8 text; save it as such") from None
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ConfigError('nothing to draw; say what, such as: txt2img.py "a red flower"')
@@ -75,8 +84,16 @@ def main(arguments: Sequence[str]) -> None:
         )
     model = locate_model(options.model)
     factor = downsample_factor(model)
-    check_size(options.height or factor, options.width or factor, factor)
+    height, width = (factor if n is None else n for n in (options.height, options.width))
+    check_size(height, width, factor)
     seed = secrets.randbelow(2**31) if options.seed == -1 else options.seed
+    samples = options.outdir / "samples"
+    try:
+        samples.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {samples} ({error.strerror}); choose --outdir"
+        ) from None
 
     import torch
 
@@ -100,8 +117,7 @@ def main(arguments: Sequence[str]) -> None:
         eta=options.eta,
         batch_size=options.batch_size,
     )
-    samples = options.outdir / "samples"
-    first = len(list(samples.glob("*.png")))
+    first = next_number(samples, "")
     for i, image in enumerate(result.images):
         file = samples / f"{first + i:05}.png"
         prompt = prompts[i // options.num_images_per_prompt]
@@ -109,7 +125,7 @@ def main(arguments: Sequence[str]) -> None:
         save_png(image, file, made)
         print(f"{file}  seed {result.seeds[i]}  {prompt}")
     if len(result.images) > 1 and not options.skip_grid:
-        grid = options.outdir / f"grid-{len(list(options.outdir.glob('grid-*.png'))):04}.png"
+        grid = options.outdir / f"grid-{next_number(options.outdir, 'grid-'):04}.png"
         image_grid(result.images).save(grid)
         print(grid)
 

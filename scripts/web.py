@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
 from collections.abc import Sequence
 
 import _ours  # noqa: F401
 
 from ldm.checkpoint.locate import locate_model
-from ldm.cli import run
+from ldm.cli import Parser, run
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = ArgumentParser("web.py", description=__doc__)
+    parser = Parser("web.py", description=__doc__)
     parser.add_argument("--model", default="flowers", help="a bundled model or a model folder")
     parser.add_argument("--device", help="cuda if there is one, else cpu")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves the whole network")

@@ -22,34 +22,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ldm.data.order import check_length, positions, rank_slots
-from ldm.data.sources import DataSource, Subset, open_source, split_source
+from ldm.data.order import positions, rank_slots
+from ldm.data.sources import DataSource
 from ldm.errors import ConfigError, DataError, suggest
 from ldm.training.config import STAGES, TrainingConfig, learning_rate_at
+from ldm.training.data import open_data
 from ldm.training.stage import Batch, Stage
 from ldm.training.state import TrainingState, checkpoints, find_checkpoint, publish, sweep
-
-
-def open_data(config: TrainingConfig) -> tuple[DataSource, DataSource]:
-    """The training and the validation samples of a run.
-
-    Raises:
-        DataError: there are none, or fewer than a batch.
-    """
-    options = {
-        "caption_column": config.caption_column,
-        "caption_extension": config.caption_extension,
-    }
-    if config.train_data_dir == "flowers":
-        train = open_source("flowers", split="train")
-        validation = open_source("flowers", split="validation")
-    else:
-        source = open_source(config.train_data_dir, **options)
-        train, validation = split_source(source, config.validation_split, config.seed)
-    if config.max_train_samples:
-        train = Subset(train, range(min(config.max_train_samples, len(train))))
-    check_length(len(train), config.train_batch_size)
-    return train, Subset(validation, range(min(config.validation_samples, len(validation))))
 
 
 def make_stage(name: str, config: Any) -> Stage:
@@ -66,12 +45,15 @@ def make_stage(name: str, config: Any) -> Stage:
     return Maker(config)
 
 
-def train(name: str, config: TrainingConfig) -> Path:
+def train(
+    name: str, config: TrainingConfig, sources: tuple[DataSource, DataSource] | None = None
+) -> Path:
     """Train a stage to its last step.
 
     Args:
         name: the stage: `vae`, `clip` or `unet`.
         config: the run's options, of the class that the stage has.
+        sources: what `open_data` gave, where it is open already.
 
     Returns:
         The output folder, which then holds the finished model.
@@ -87,7 +69,7 @@ def train(name: str, config: TrainingConfig) -> Path:
             f"{config.output_dir} holds checkpoints already; add --resume_from_checkpoint latest to"
             " go on, or choose another --output_dir"
         )
-    data, validation_data = open_data(config)
+    data, validation_data = sources or open_data(config)
     stage = make_stage(name, config)
     tracker = _tracker(config)
     try:
@@ -208,7 +190,8 @@ def _steps(
         try:
             batches = [next(loader) for _ in range(pieces)]
         except DataError as error:  # from a loader's worker it comes with its whole traceback
-            raise DataError(str(error).strip().split("\n")[-1]) from None
+            last = str(error).strip().split("\n")[-1]
+            raise DataError(last.removeprefix("ldm.errors.DataError: ")) from None
         yield [_move(batch, accelerator.device) for batch in batches]
 
 

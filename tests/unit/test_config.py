@@ -80,13 +80,14 @@ WRONG = [
         {"num_attention_heads": 8, "cross_attention": (True,)},
         "cross_attention has 1 entries and block_out_channels 4",
     ),
-    (UNetConfig, {"num_attention_heads": 7}, "320 cannot be split into 7"),
-    (UNetConfig, {"attention_head_dim": 640}, "320 cannot be split into 0"),
-    (UNetConfig, {"attention_head_dim": 48}, "attention_head_dim 48"),
-    (UNetConfig, {"attention_head_dim": 0}, "attention_head_dim"),
+    (UNetConfig, {"num_attention_heads": 7}, "320 cannot be split into 7 heads"),
+    (UNetConfig, {"attention_head_dim": 640}, "320 cannot be split into heads of width 640"),
+    (UNetConfig, {"attention_head_dim": 48}, "320 cannot be split into heads of width 48"),
+    (UNetConfig, {"attention_head_dim": 0}, "attention_head_dim is 0"),
+    (UNetConfig, {"num_attention_heads": 0}, "320 cannot be split into 0 heads"),
     (UNetConfig, {"num_attention_heads": (8, 8)}, "num_attention_heads has 2 entries"),
     (UNetConfig, {"num_attention_heads": 8, "norm_num_groups": 33}, "norm_num_groups 33"),
-    (UNetConfig, {"num_attention_heads": 8, "norm_num_groups": 0}, "norm_num_groups"),
+    (UNetConfig, {"num_attention_heads": 8, "norm_num_groups": 0}, "norm_num_groups is 0"),
     (UNetConfig, {"num_attention_heads": 8, "layers_per_block": 0}, "layers_per_block is 0"),
     (
         UNetConfig,
@@ -138,6 +139,8 @@ def test_heads_by_count_level_and_width():
     assert UNetConfig(**widths, num_attention_heads=4).heads == (4, 4)
     assert UNetConfig(**widths, num_attention_heads=(2, 8)).heads == (2, 8)
     assert UNetConfig(**widths, attention_head_dim=32).heads == (2, 4)
+    below = {"block_out_channels": (32, 128), "cross_attention": (False, True)}
+    assert UNetConfig(**below, attention_head_dim=64).heads == (1, 2)  # the first is not used
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,9 @@ def test_pinned_numbers():
     np.testing.assert_allclose(Draws(42, "noise", 17, 3).normal(3), PINNED_NORMAL, rtol=1e-6)
 
 
-PINNED_UNIFORM = []
-PINNED_ORDER = []
-PINNED_NORMAL = []
+PINNED_UNIFORM = [0.2927043360274249, 0.7413151102845761, 0.25932847111552165]
+PINNED_ORDER = [4, 2, 0, 3, 5, 1, 6, 7]
+PINNED_NORMAL = [-0.09182491153478622, -0.7335516810417175, 1.5648491382598877]
 
 
 def test_a_stream_goes_on_where_it_was():
@@ -68,7 +68,7 @@ def test_a_stream_goes_on_where_it_was():
 
 def test_uniform_moments_and_range():
     numbers = Draws(5, "uniform").uniform(200_000)
-    assert 0 < numbers.min() and numbers.max() < 1
+    assert numbers.min() > 0 and numbers.max() < 1
     distance = kolmogorov(numbers, lambda x: x)
     assert distance < 1.63 / math.sqrt(len(numbers))  # the 1% point of Kolmogorov's distribution
 

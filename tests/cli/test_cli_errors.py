@@ -1,0 +1,158 @@
+"""Bad input: exit code 2, exactly one line on stderr, and nothing heavy loaded to find out."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("[a-z]*.py"))
+# Runs a script as `python scripts/x.py` does, and says at its end what it has imported.
+WATCHED = """
+import os, runpy, sys
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    heavy = {"torch", "transformers", "diffusers", "open_clip", "accelerate", "gradio"}
+    print("heavy:", *sorted(heavy & set(sys.modules)))
+"""
+
+
+def run(script, *arguments, watched=True, cwd=None, **environment):
+    """Exit code, stdout and stderr of a script, run as a user runs it."""
+    command = [sys.executable, *(["-c", WATCHED] if watched else [])]
+    return subprocess.run(
+        [*command, str(ROOT / "scripts" / f"{script}.py"), *map(str, arguments)],
+        capture_output=True,
+        encoding="utf-8",
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"} | environment,
+    )
+
+
+def assert_one_line(process, message):
+    assert process.returncode == 2, process.stderr
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("error: ") and re.search(message, line), line
+    assert process.stdout.splitlines()[-1] == "heavy:"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Prompt files, configurations and data sets that are wrong in one way each."""
+    place = tmp_path_factory.mktemp("wrong")
+    (place / "latin1.txt").write_bytes("fleur fanée".encode("latin-1"))
+    (place / "blank.txt").write_text("\n \n")
+    (place / "misspelt.yaml").write_text("learning_rat: 1.0e-3\n")
+    (place / "nested.yaml").write_text("unet:\n  layers_per_blok: 1\n")
+    (place / "broken.yaml").write_text("unet: [1\n")
+    (place / "value.yaml").write_text("train_batch_size: many\n")
+    (place / "empty").mkdir()
+    (place / "few").mkdir()
+    for i in range(5):
+        Image.new("RGB", (8, 8)).save(place / "few" / f"{i}.png")
+        (place / "few" / f"{i}.txt").write_text("a flower")
+    (place / "bare").mkdir()
+    Image.new("RGB", (8, 8)).save(place / "bare" / "0.png")
+    return place
+
+
+TXT2IMG = {
+    "unknown sampler": ("--sampler eulr", "no sampler 'eulr'; did you mean 'euler'"),
+    "unknown spacing": ("--timestep_spacing kerras", "did you mean 'karras'"),
+    "unknown dtype": ("--dtype bf61", "no dtype 'bf61'; did you mean 'bf16'"),
+    "unknown model": ("--model ./flowrs", "no model './flowrs'"),
+    "model is a file": ("--model {place}/blank.txt", "blank.txt is a file; give a model folder"),
+    "not a model": ("--model {place}/empty", "no file .*vae/config.json"),
+    "width": ("--model {model} --width 30", "width is 30; it must be .* multiple of 4, such as 32"),
+    "height": ("--model {model} --H 0", "height is 0; it must be a positive multiple of 4"),
+    "prompt file": ("--from-file {place}/no.txt", "no file .*no.txt; --from-file wants a prompt"),
+    "prompt encoding": ("--from-file {place}/latin1.txt", "latin1.txt is not UTF-8"),
+    "misspelt option": ("--sampelr ddim", "--sampelr ddim; did you mean '--sampler'"),
+    "value": ("--steps ten", "--num_inference_steps.*invalid int value: 'ten'"),
+    "outdir": ("--model {model} --outdir {place}/blank.txt", "cannot write to .*choose --outdir"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), TXT2IMG.values(), ids=TXT2IMG.keys())
+def test_txt2img(place, tiny_model_folder, arguments, message):
+    words = [word.format(place=place, model=tiny_model_folder) for word in arguments.split()]
+    assert_one_line(run("txt2img", "a flower", *words, cwd=place), message)
+
+
+def test_nothing_to_draw(place):
+    for words in ([], ["--from-file", place / "blank.txt"]):
+        assert_one_line(run("txt2img", *words), 'nothing to draw; say what, such as: .*"a red')
+
+
+TRAIN = {
+    "unknown stage": ("unett", "no stage 'unett'; did you mean 'unet'"),
+    "key": ("unet --learning_rat 1", "unknown option 'learning_rat'; did you mean 'learning_rate'"),
+    "nested key": ("--unet.layers_per_blok 1", "'unet.layers_per_blok'.*'unet.layers_per_block'"),
+    "key in yaml": ("--config {place}/misspelt.yaml", "'learning_rat'; .*'learning_rate'"),
+    "nested key in yaml": ("--config {place}/nested.yaml", "did you mean 'unet.layers_per_block'"),
+    "key of another stage": ("vae --snr_gamma 5", "unknown option 'snr_gamma'"),
+    "no config": ("--config {place}/no.yaml", "no file .*no.yaml; --config wants a YAML file"),
+    "broken config": ("--config {place}/broken.yaml", "parsing config"),
+    "value": ("vae --resolution big", "resolution is big; it must be int"),
+    "value in yaml": ("vae --config {place}/value.yaml", "batch_size is many; it must be int"),
+    "choice": ("--mixed_precision bf61", "mixed_precision is bf61; .*'no', 'bf16', 'fp16'"),
+    "stray word": ("unet now", "unrecognized arguments: now"),
+    "resolution": ("vae --resolution 66", "resolution 66 is not a multiple of 4"),
+    "widths": ("vae --vae.norm_num_groups 7", "must be multiples of norm_num_groups 7"),
+    "no data": ("--train_data_dir {place}/no", "wrong.*/no: no such file or folder"),
+    "empty data": ("--train_data_dir {place}/empty", "empty: .*no pictures"),
+    "no captions": ("--train_data_dir {place}/bare", "bare: 1 of 1 pictures have no .txt"),
+    "less than a batch": (
+        "--train_data_dir {place}/few --train_batch_size 8 --validation_split 0.4",
+        "the data set has . samples, fewer than a batch of 8",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), TRAIN.values(), ids=TRAIN.keys())
+def test_train(place, arguments, message):
+    words = [word.format(place=place) for word in arguments.split()]
+    words += ["--output_dir", str(place / "out")] if "unett" not in words else []
+    assert_one_line(run("train", *words), message)
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("script", ["evaluate", "web"])
+def test_other_scripts(script):
+    assert_one_line(run(script, "--model", "./nowhere"), "no model './nowhere'")
+    assert_one_line(run(script, "--modle", "x"), "did you mean '--model'")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_loads_nothing_heavy(script):
+    process = run(script, "--help")
+    assert process.returncode == 0 and process.stderr == ""
+    assert process.stdout.splitlines()[-1] == "heavy:"
+    assert "--" in process.stdout and "usage:" in process.stdout.lower()
+    assert set(SCRIPTS) >= {"evaluate", "train", "txt2img", "web"}
+
+
+def test_help_of_each_stage_lists_its_own_options():
+    shown = {stage: run("train", stage, "--help").stdout for stage in ("vae", "clip", "unet")}
+    for stage, option in (("vae", "--kl_scale"), ("clip", "--clip.patch_size"), ("unet", "--unet")):
+        assert [s for s, text in shown.items() if f"{option} " in text] == [stage]
+        assert (
+            "--train_batch_size" in shown[stage] and "pictures in an optimizer step" in shown[stage]
+        )
+
+
+def test_another_package_called_ldm(tmp_path):
+    """CompVis's repositories use this import name too."""
+    (tmp_path / "ldm").mkdir()
+    (tmp_path / "ldm" / "__init__.py").touch()
+    process = run("txt2img", "a flower", watched=False, PYTHONPATH=str(tmp_path))
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert "another package called ldm" in line and "pip install -e" in line

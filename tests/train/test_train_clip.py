@@ -1,0 +1,132 @@
+"""The clip stage against transformers' CLIPModel and open_clip's tokenizer."""
+
+import pytest
+import torch
+from train_helpers import CLIP, first_batch, metrics, prepared, run, weights
+
+from ldm.config import ClipConfig
+from ldm.models.text_encoder import TextEncoder
+from ldm.training.clip import MEAN, STD, clip_tokenizer
+
+WORDS = [
+    "a red flower", "the cat and the dog on a white wall", "two yellow tulips in the grass",
+    "photo of a woman", "Black  Night!", "i'm 10 years old, it's new",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def options(pictures):
+    return {"train_data_dir": str(pictures), "train_batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def trained(options, tmp_path_factory):
+    return run("clip", **options, output_dir=tmp_path_factory.mktemp("clip") / "run")
+
+
+def test_loss_is_that_of_transformers(options):
+    stage, data, _ = prepared("clip", **options)
+    batch = first_batch(stage, data)
+    pixels = (batch["pixels"] + 1) / 2
+    pixels = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    tokens = stage.tokenizer(batch["caption"], padding="max_length", return_tensors="pt")
+    theirs = stage.clip(input_ids=tokens.input_ids, pixel_values=pixels.float(), return_loss=True)
+    figures = stage.loss("clip", batch, 0)
+    torch.testing.assert_close(figures["loss"], theirs.loss, rtol=1e-5, atol=1e-6)
+    own = torch.arange(8)
+    accuracy = (theirs.logits_per_image.argmax(1) == own).float().mean()
+    assert figures["accuracy"] == accuracy
+    validation = stage.validate(batch)
+    torch.testing.assert_close(validation["loss"].mean(), theirs.loss, rtol=1e-5, atol=1e-6)
+    assert validation["accuracy"].mean() == accuracy
+
+
+def test_temperature_is_bounded(options):
+    """Logits are at most 100 times a cosine (Radford et al. 2021, section 2.5)."""
+    stage, data, _ = prepared("clip", **options)
+    batch, losses = first_batch(stage, data), []
+    for logit_scale in (torch.tensor(100.0).log(), torch.tensor(200.0).log()):
+        stage.clip.logit_scale.data = logit_scale
+        losses.append(stage.loss("clip", batch, 0)["loss"])
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_folders_open_in_transformers(trained, options):
+    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPTextModel
+
+    clip, info = CLIPModel.from_pretrained(trained / "clip", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    average = weights(trained / "checkpoint-4" / "training_state")
+    for name, parameter in clip.named_parameters():
+        assert torch.equal(parameter, average[f"clip.average.safetensors:{name}"]), name
+    text, info = CLIPTextModel.from_pretrained(trained / "text_encoder", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(trained / "tokenizer")
+    ids = tokenizer(WORDS, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    assert ids.shape == (len(WORDS), 77)
+    clip.eval(), text.eval()
+    with torch.no_grad():
+        expected = clip.text_model(ids).last_hidden_state
+        assert torch.equal(text(ids).last_hidden_state, expected)
+        ours = TextEncoder.from_folder(trained / "text_encoder", trained / "tokenizer")
+        torch.testing.assert_close(ours.encode(WORDS), expected, rtol=1e-5, atol=1e-6)
+    # the saved preprocessor makes of a picture what the stage has trained on
+    stage, data, _ = prepared("clip", **options)
+    sample = data[0].image
+    theirs = CLIPImageProcessor.from_pretrained(trained / "clip")(sample, return_tensors="pt")
+    mine = (stage.dataset(data, validation=True)[0, 0]["pixels"] + 1) / 2
+    mine = ((mine - stage.mean) / stage.std)[0]
+    torch.testing.assert_close(theirs["pixel_values"][0], mine.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_saving_leaves_the_model_in_training(options, tmp_path):
+    stage, _, _ = prepared("clip", **options)
+    stage.clip.train()
+    stage.save(tmp_path)
+    assert all(p.requires_grad for p in stage.clip.parameters())
+    assert all(module.training for module in stage.clip.modules())
+
+
+@pytest.mark.parametrize("vocab_size", [6144, 49408])
+def test_frequent_words_have_the_ids_of_clip(vocab_size):
+    """The same tokens, by the same numbers, as open_clip's; but for the two markers at the end."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    full, mine = SimpleTokenizer(), clip_tokenizer(ClipConfig(vocab_size=vocab_size))
+    assert mine.vocab_size == len(mine) == vocab_size
+    for text in WORDS:
+        expected = full.encode(" ".join(text.lower().split()))
+        ids = mine(text).input_ids
+        assert ids[0] == vocab_size - 2 and ids[-1] == vocab_size - 1
+        if vocab_size == 49408 or all(token < vocab_size - 2 for token in expected):
+            assert ids[1:-1] == expected, text
+    frequent = [t for t in WORDS if max(full.encode(t.lower())) < 6142]
+    assert len(frequent) >= 3  # the comparison above took place
+
+
+@pytest.mark.parametrize(
+    "text", ["붉은 꽃 한 송이", "a flower 🌺🌻", "čtyři žluté růže", "pneumonoultra"]
+)
+def test_every_text_can_be_written(text):
+    tokenizer = clip_tokenizer(CLIP)
+    ids = tokenizer(text).input_ids
+    assert max(ids[1:-1]) < CLIP.vocab_size - 2  # no token stands for "unknown"
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+
+
+def test_accuracy_rises_above_chance(options, tmp_path):
+    """8 pictures, one batch: chance is 1 in 8."""
+    own = options | {"max_train_samples": 8, "max_train_steps": 40, "learning_rate": 5e-3}
+    rows = metrics(run("clip", **own, output_dir=tmp_path / "run", adam_weight_decay=0.0))
+    accuracy = [row["accuracy"] for row in rows if "accuracy" in row]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert min(accuracy[-3:]) >= 0.75 and max(losses[-3:]) < 0.5 * losses[0]
+
+
+def test_bf16_keeps_float32_weights(options, tmp_path):
+    output = run("clip", **options, output_dir=tmp_path / "run", mixed_precision="bf16")
+    state = weights(output / "checkpoint-4" / "training_state")
+    assert {t.dtype for t in state.values()} == {torch.float32}
+    exact = metrics(run("clip", **options, output_dir=tmp_path / "exact"))
+    losses = [[row["loss"] for row in log if "loss" in row] for log in (metrics(output), exact)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
