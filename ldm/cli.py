@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
-from ldm.errors import ConfigError, LdmError
+from ldm.errors import ConfigError, LdmError, suggest
 
 Config = TypeVar("Config")
 
@@ -37,12 +37,18 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 
 class Parser(ArgumentParser):
-    """argparse's; but a mistake is one line, and it names the nearest option."""
+    """argparse's; but a mistake is one line, and it names the nearest option or choice."""
 
     def __init__(self, prog: str, **options: Any):
         super().__init__(prog, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
+        choice = re.search(
+            r"argument --(\w+)\S*: invalid choice: '(.*)' \(choose from (.*)\)", message
+        )
+        if choice:
+            names = re.findall(r"\w+", choice[3])
+            raise ConfigError(f"no {choice[1]} '{choice[2]}'; {suggest(choice[2], names)}")
         unknown = re.search(r"unrecognized arguments: (-[\w-]+)", message)
         near = get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
         hint = f"did you mean '{near[0]}'?" if near else "--help lists the options"

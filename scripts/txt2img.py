@@ -13,7 +13,7 @@ import _ours  # noqa: F401
 from ldm.checkpoint.locate import downsample_factor, locate_model
 from ldm.cli import Parser, run
 from ldm.config import SamplerName, Spacing, check_size
-from ldm.errors import ConfigError, suggest
+from ldm.errors import ConfigError
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
@@ -26,29 +26,18 @@ def parse(arguments: Sequence[str]) -> Namespace:
     add("--from-file", "--from_file", type=Path, help="a file with a prompt a line")
     add("--model", default="flowers", help="a bundled model, a model folder, or a hub name")
     add("--negative_prompt", default="", help="what guidance leads away from")
-    add(
-        "--num_inference_steps",
-        "--steps",
-        "--ddim_steps",
-        type=int,
-        help="the model's own if not given",
-    )
-    add(
-        "--guidance_scale",
-        "--scale",
-        "--cfg_scale",
-        type=float,
-        help="the model's own if not given",
-    )
-    add("--height", "--H", type=int, help="in pixels; the model's own if not given")
-    add("--width", "--W", type=int, help="in pixels; the model's own if not given")
+    own = "the model's own if not given"
+    add("--num_inference_steps", "--steps", "--ddim_steps", type=int, help=own)
+    add("--guidance_scale", "--scale", "--cfg_scale", type=float, help=own)
+    add("--height", "--H", type=int, help=f"in pixels; {own}")
+    add("--width", "--W", type=int, help=f"in pixels; {own}")
     add("--num_images_per_prompt", "--n_samples", type=int, default=1, help="pictures a prompt")
     add("--batch_size", type=int, help="pictures at a time; never changes a picture")
     add("--seed", type=int, default=42, help="of the first picture, then one more each; -1: random")
-    add("--sampler", default="ddim", help=", ".join(get_args(SamplerName)))
-    add("--timestep_spacing", help=", ".join(get_args(Spacing)))
+    add("--sampler", default="ddim", choices=get_args(SamplerName))
+    add("--timestep_spacing", choices=get_args(Spacing), help=own)
     add("--eta", "--ddim_eta", type=float, default=0.0, help="of DDIM")
-    add("--dtype", default="fp32", help="fp32, bf16 or fp16")
+    add("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="computed in")
     add("--device", help="cuda if there is one, else cpu")
     add("--outdir", type=Path, default=Path("outputs/txt2img-samples"))
     add("--skip_grid", action="store_true", help="write no grid")
@@ -74,14 +63,6 @@ def main(arguments: Sequence[str]) -> None:
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ConfigError('nothing to draw; say what, such as: txt2img.py "a red flower"')
-    for name, choices in (("sampler", SamplerName), ("timestep_spacing", Spacing)):
-        value = getattr(options, name)
-        if value is not None and value not in get_args(choices):
-            raise ConfigError(f"no {name} '{value}'; {suggest(value, get_args(choices))}")
-    if options.dtype not in ("fp32", "bf16", "fp16"):
-        raise ConfigError(
-            f"no dtype '{options.dtype}'; {suggest(options.dtype, ['fp32', 'bf16', 'fp16'])}"
-        )
     model = locate_model(options.model)
     factor = downsample_factor(model)
     height, width = (factor if n is None else n for n in (options.height, options.width))
