@@ -205,6 +205,10 @@ class TowerConfig:
     num_attention_heads: int = 4
 
     def __post_init__(self) -> None:
+        if min(self.hidden_size, self.num_hidden_layers, self.num_attention_heads) < 1:
+            raise ConfigError(
+                "clip: hidden_size, num_hidden_layers and num_attention_heads must be 1 or more"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"clip: a width of {self.hidden_size} cannot be split into"
@@ -235,7 +239,7 @@ class ClipConfig:
     patch_size: int = 8
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
+        if self.patch_size < 1 or self.image_size % self.patch_size:
             raise ConfigError(
                 f"clip: image_size {self.image_size} is not a multiple of patch_size"
                 f" {self.patch_size}"

@@ -16,7 +16,7 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,7 +120,10 @@ class LatentDiffusionPipeline:
             CheckpointError: the model is incomplete, damaged, or of a kind that ldm has not.
         """
         folder = locate_model(
-            pretrained_model_name_or_path, revision=revision, local_files_only=local_files_only
+            pretrained_model_name_or_path,
+            variant=variant,
+            revision=revision,
+            local_files_only=local_files_only,
         )
         defaults = load_defaults(folder)
         schedule = load_schedule(folder / "scheduler")
@@ -148,21 +151,19 @@ class LatentDiffusionPipeline:
             self.text_encoder.save(part, words)
         save_index(folder, self.defaults)
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> LatentDiffusionPipeline:
-        """Move the models to a device and a dtype; returns the pipeline itself.
+    def to(self, *args: Any, **options: Any) -> LatentDiffusionPipeline:
+        """Move the models to a device, a dtype or both, as `torch.nn.Module.to`; returns itself.
 
         Raises:
             ConfigError: this machine has no such device.
         """
         try:
-            torch.empty(0, device=device)
+            torch.empty(0).to(*args, **options)
         except (RuntimeError, AssertionError) as error:
             said = str(error).split("\n")[0]
-            raise ConfigError(f"device '{device}' cannot be used here: {said}") from None
+            raise ConfigError(f"cannot move the model there: {said}") from None
         for model in (self.unet, self.vae, self.text_encoder):
-            model.to(device=device, dtype=dtype)
+            model.to(*args, **options)
         return self
 
     @property
@@ -183,6 +184,7 @@ class LatentDiffusionPipeline:
             "vae": self.vae,
             "text_encoder": self.text_encoder,
             "schedule": self.schedule,
+            "defaults": self.defaults,
         }
 
     def set_progress_bar_config(self, **options: Any) -> None:
@@ -209,6 +211,7 @@ class LatentDiffusionPipeline:
         sampler: SamplerName = "ddim",
         timestep_spacing: Spacing | None = None,
         eta: float = 0.0,
+        variance: Literal["fixed_small", "fixed_large"] = "fixed_small",
         clip_skip: int | None = None,
         batch_size: int | None = None,
         output_type: str = "pil",
@@ -223,7 +226,7 @@ class LatentDiffusionPipeline:
                 when not given.
             width: likewise.
             num_inference_steps: network calls a picture (twice as many for `heun`).
-            guidance_scale: w of classifier-free guidance; 1 is without.
+            guidance_scale: w of classifier-free guidance; 1 or less is without.
             guidance_rescale: of Lin et al. 2024, in [0, 1].
             num_images_per_prompt: pictures a prompt.
             seed: picture i of the call draws its noise from seed + i, or from entry i of a list;
@@ -236,6 +239,7 @@ class LatentDiffusionPipeline:
             sampler: see `ldm.diffusion.samplers`.
             timestep_spacing: which noise levels are visited; the model's own when not given.
             eta: of DDIM, in [0, 1].
+            variance: of DDPM's steps: beta tilde (`fixed_small`) or beta (`fixed_large`).
             clip_skip: layers of the text encoder left out at its end.
             batch_size: pictures at a time; all at once when not given. Never changes a picture.
             output_type: `pil`, `np`, `pt` or `latent`.
@@ -280,7 +284,8 @@ class LatentDiffusionPipeline:
             _check_shape("latents", latents, (count, *shape))
 
         self._interrupt = False
-        options = {"eta": eta} if "eta" in spec.options else {}
+        options = {"eta": eta, "variance": variance}
+        options = {name: value for name, value in options.items() if name in spec.options}
         chunks = []
         for start in range(0, count, batch_size or count):
             part = slice(start, start + (batch_size or count))
@@ -302,7 +307,7 @@ class LatentDiffusionPipeline:
             "width": width,
             "height": height,
         }
-        return PipelineOutput(images, seeds, settings)
+        return PipelineOutput(images, seeds[: len(images)], settings)
 
     def _contexts(
         self,
@@ -325,7 +330,7 @@ class LatentDiffusionPipeline:
                 f"prompt_embeds have shape {tuple(context.shape)}; this model needs (b, n, {width})"
             )
         context = context.to(self.device, self.dtype)
-        if scale == 1:
+        if scale <= 1:
             return context, None
         if negative_embeds is None:
             words = _listed(negative_prompt)

@@ -32,7 +32,7 @@ class Draws:
 
     def uniform(self, count: int) -> np.ndarray:
         """`count` float64 numbers, uniform in the open interval (0, 1)."""
-        return ((self._bits.random_raw(count) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        return ((self._bits.random_raw(count) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def integer(self, high: int) -> int:
         """One integer, uniform in [0, high)."""

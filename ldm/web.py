@@ -32,14 +32,20 @@ def page(pipeline: LatentDiffusionPipeline, title: str) -> Blocks:
     scale = pipeline.defaults["guidance_scale"]
 
     def draw(
-        prompt: str, negative: str, count: int, seed: int, steps: int, scale: float, sampler: Any
+        prompt: str,
+        negative: str,
+        count: int,
+        seed: int | None,
+        steps: int,
+        scale: float,
+        sampler: Any,
     ) -> tuple[list[tuple[Image, str]], str]:
         try:
             result = pipeline(
                 prompt,
                 negative_prompt=negative,
                 num_images_per_prompt=int(count),
-                seed=int(seed) if seed >= 0 else None,
+                seed=int(seed) if seed is not None and seed >= 0 else None,
                 num_inference_steps=int(steps),
                 guidance_scale=scale,
                 sampler=sampler,

@@ -7,13 +7,14 @@ translates the configurations and refuses, by name, an option that our models do
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.checkpoint.io import (
     load_weights,
@@ -147,7 +148,7 @@ def load_vae(
     stored = read_json(folder / "config.json")
     config = AutoencoderConfig(**_fields(AutoencoderConfig, stored, folder))
     _refuse_other(stored, VAE_FIXED | _vae_blocks(len(config.block_out_channels)), folder)
-    return _load(lambda: AutoencoderKL(config), folder, dtype, variant)
+    return _load(lambda: AutoencoderKL(config), folder, dtype, variant, _modern_attention)
 
 
 def save_schedule(schedule: NoiseSchedule, folder: Path) -> None:
@@ -231,13 +232,24 @@ def load_text_encoder(
     return encoder if dtype is None else encoder.to(dtype)
 
 
+def _modern_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names that the autoencoder's attention has had since diffusers 0.17, of those before."""
+    modern = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    rule = re.compile(r"(mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
+    return {rule.sub(lambda m: m[1] + modern[m[2]], name): t for name, t in tensors.items()}
+
+
 def _load(
-    build: Callable[[], Model], folder: Path, dtype: torch.dtype | None, variant: str | None
+    build: Callable[[], Model],
+    folder: Path,
+    dtype: torch.dtype | None,
+    variant: str | None,
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> Model:
     with torch.device("meta"):  # no time spent on weights about to be replaced
         model = build()
     file = _weights_file(folder, variant)
-    load_weights(model, to_dtype(read_tensors(file), dtype), file)
+    load_weights(model, rename(to_dtype(read_tensors(file), dtype)), file)
     return model.eval()
 
 

@@ -13,6 +13,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -110,26 +111,40 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
     Every file and every directory entry is flushed to disk before the one rename that makes the
     folder visible; an older folder of that name steps aside only then. An exception leaves
-    things as they were.
+    things as they were, and what a kill leaves is put right by `recover`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    recover(folder.parent, escape(folder.name))
     unique = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
     temporary = folder.with_name(f".{folder.name}.{unique}.tmp")
+    old = temporary.with_suffix(".old")
     temporary.mkdir()
     try:
         yield temporary
         _flush(temporary)
         if folder.exists():
-            old = folder.with_name(f".{folder.name}.{unique}.old")
             folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(folder)
+        temporary.rename(folder)
         _flush_directory(folder.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    finally:
+        recover(folder.parent, escape(folder.name))
+
+
+def recover(parent: Path, name: str = "*") -> None:
+    """Clear what a kill inside `atomic_folder` has left, and give a folder its place back.
+
+    Args:
+        parent: where the folders stand.
+        name: pattern of the folders to look for; all of them by default.
+    """
+    for old in parent.glob(f".{name}.[0-9]*-*.old"):
+        place = parent / old.name[1:].rsplit(".", 2)[0]
+        if place.exists():
+            shutil.rmtree(old)
+        else:  # killed between the two renames
+            old.rename(place)
+    for temporary in parent.glob(f".{name}.[0-9]*-*.tmp"):
+        shutil.rmtree(temporary)
 
 
 def write_manifest(folder: Path) -> None:

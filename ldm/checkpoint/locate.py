@@ -16,12 +16,17 @@ def bundled_models() -> list[str]:
 
 
 def locate_model(
-    name: str | Path, *, revision: str | None = None, local_files_only: bool = False
+    name: str | Path,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
 ) -> Path:
     """The folder of a model: a path, a bundled model's name, or an `owner/name` on the hub.
 
     Args:
         name: what the user typed.
+        variant: of the weight files to fetch from the hub, such as `fp16`.
         revision: branch, tag or commit, for a model on the hub.
         local_files_only: use only what the hub's cache holds already.
 
@@ -37,7 +42,7 @@ def locate_model(
     if (PRETRAINED / str(name) / "model_index.json").is_file():
         return PRETRAINED / str(name)
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
-        return _download(str(name), revision, local_files_only)
+        return _download(str(name), variant, revision, local_files_only)
     raise _unknown(str(name))
 
 
@@ -61,7 +66,7 @@ def _unknown(name: str) -> ConfigError:
     return ConfigError(f"no model '{name}', neither a folder nor bundled; {hint}")
 
 
-def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
+def _download(name: str, variant: str | None, revision: str | None, local_files_only: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -69,21 +74,25 @@ def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
         LocalEntryNotFoundError,
     )
 
-    patterns = ["*.json", "*.txt", "*.safetensors"]
+    # Not the single files, half-precision copies and safety checkers that lie beside a model.
+    end = f".{variant}.safetensors" if variant else ".safetensors"
+    patterns = ["model_index.json", "scheduler/*", "tokenizer/*", "*/config.json"]
+    patterns += [f"{part}/diffusion_pytorch_model{end}" for part in ("unet", "vae")]
+    patterns += [f"text_encoder/model{end}"]
     try:
         folder = snapshot_download(
             name, revision=revision, local_files_only=local_files_only, allow_patterns=patterns
         )
     except LocalEntryNotFoundError:
         raise CheckpointError(
-            f"model '{name}' is neither a folder nor in the hub's cache, and the hub was not"
-            " reached; check the path, or go online once"
+            f"no folder '{name}', and the hub's cache does not hold a model of that name;"
+            " check the path, or go online once"
         ) from None
     except HFValidationError:  # no name that the hub could have
         raise _unknown(name) from None
     except HfHubHTTPError as error:
         raise CheckpointError(
-            f"the hub does not give the model '{name}' (HTTP {error.response.status_code}); check"
-            " the name and the revision, or log in where it is private"
+            f"no folder '{name}', and the hub gives no model of that name (HTTP"
+            f" {error.response.status_code}); check the path, or log in where it is private"
         ) from None
     return Path(folder)

@@ -284,24 +284,30 @@ def split_source(
 
     Args:
         source: what to split.
-        validation_split: share to validate on, in (0, 1); the number found is random about it.
+        validation_split: share to validate on, in (0, 1); the number found is random about it,
+            but each side has one sample at least.
         seed: another seed, another split.
 
     Raises:
-        ConfigError: the share is out of range, or leaves one side empty.
+        ConfigError: the share is out of range.
+        DataError: there are fewer than two samples.
     """
     if not 0 < validation_split < 1:
         raise ConfigError(f"validation_split is {validation_split}; it must lie between 0 and 1")
-    sides: tuple[list[int], list[int]] = ([], [])
-    for index in range(len(source)):
-        digest = hashlib.blake2b(f"{seed}/{source.key(index)}".encode(), digest_size=8).digest()
-        sides[int.from_bytes(digest, "big") < validation_split * 2**64].append(index)
-    if not all(sides):
-        raise ConfigError(
-            f"validation_split {validation_split} leaves {len(sides[0])} samples to train on and"
-            f" {len(sides[1])} to validate on; change it or the seed"
+    if len(source) < 2:
+        raise DataError(
+            f"{len(source)} samples cannot be split; add some, or set validation_split 0"
         )
-    return Subset(source, sides[0]), Subset(source, sides[1])
+
+    def draw(index: int) -> float:
+        digest = hashlib.blake2b(f"{seed}/{source.key(index)}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") / 2**64
+
+    draws = [draw(index) for index in range(len(source))]
+    limit = min(max(validation_split, min(draws)), sorted(draws)[-2])
+    train = [index for index, number in enumerate(draws) if number > limit]
+    held = [index for index, number in enumerate(draws) if number <= limit]
+    return Subset(source, train), Subset(source, held)
 
 
 def open_source(

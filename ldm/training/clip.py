@@ -58,7 +58,7 @@ class ClipStage(Stage):
         torch.manual_seed(config.seed)
         self.tokenizer = clip_tokenizer(config.clip)
         self.clip = build_clip(config.clip)
-        self.players: dict[str, nn.Module] = {"clip": self.clip}
+        self.players, self.averaged = {"clip": self.clip}, ("clip",)
 
     def setup(self, train: DataSource, validation: DataSource, device: torch.device) -> None:
         self.mean = torch.tensor(MEAN, device=device).reshape(1, 3, 1, 1)
@@ -70,7 +70,7 @@ class ClipStage(Stage):
     def loss(self, player: str, batch: Batch, step: int) -> dict[str, Tensor]:
         images, texts, scale = self._embed(self.players["clip"], batch)  # b d, b d
         images, texts = _gather(images), _gather(texts)  # g d
-        logits = scale.clamp(max=MAX_TEMPERATURE) * images @ texts.T  # g g
+        logits = _logits(images, texts, scale)  # g g
         own = torch.arange(len(logits), device=logits.device)
         loss = 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))
         accuracy = (logits.argmax(1) == own).float().mean()
@@ -79,7 +79,7 @@ class ClipStage(Stage):
     def validate(self, batch: Batch) -> dict[str, Tensor]:
         """The contrastive loss and the share of pictures that find their caption, in this batch."""
         images, texts, scale = self._embed(self.clip, batch)
-        logits = scale.clamp(max=MAX_TEMPERATURE) * images @ texts.T  # b b
+        logits = _logits(images, texts, scale)  # b b
         own = torch.arange(len(logits), device=logits.device)
         both = F.cross_entropy(logits, own, reduction="none")
         both = both + F.cross_entropy(logits.T, own, reduction="none")
@@ -164,6 +164,12 @@ def _tower(config: TowerConfig, projection_dim: int) -> dict[str, Any]:
         "intermediate_size": 4 * config.hidden_size,
         "projection_dim": projection_dim,
     }
+
+
+def _logits(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+    """How well each picture fits each caption, g d and g d -> g g; in float32, being up to 100."""
+    with torch.autocast(images.device.type, enabled=False):
+        return scale.clamp(max=MAX_TEMPERATURE) * images @ texts.T
 
 
 def _gather(vectors: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ class TrainingConfig:
         train_data_dir: a folder, a WebDataset tar, a glob of tars, or `flowers` (procedural).
         caption_column: the caption's name in metadata.jsonl.
         caption_extension: of the caption files that lie beside pictures.
-        validation_split: share of the data that is kept back for the validation loss.
+        validation_split: share of the data that is kept back for the validation loss, where it
+            has no folders `train` and `validation` of its own; 0 validates on training samples.
         max_train_samples: use only so many samples; all when not given.
         resolution: side of the training pictures, in pixels.
         center_crop: crop the centre of a picture; a random part when off.
@@ -105,7 +106,10 @@ class TrainingConfig:
         for name in ("checkpoints_total_limit", "max_train_samples"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ConfigError(f"{name} is {number}; it must be positive, or left out for all")
-        for name in ("validation_split", "ema_decay"):
+        for name in ("dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        for name in ("validation_split", "ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
         if self.train_batch_size % self.gradient_accumulation_steps:
@@ -219,6 +223,14 @@ class UNetTraining(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("num_validation_images", "num_inference_steps", "snr_gamma"):
+            if (number := getattr(self, name)) is not None and number <= 0:
+                raise ConfigError(f"{name} is {number}; it must be positive")
+        if self.num_inference_steps > self.schedule.num_train_timesteps:
+            raise ConfigError(
+                f"num_inference_steps is {self.num_inference_steps}, more than the schedule's"
+                f" num_train_timesteps {self.schedule.num_train_timesteps}"
+            )
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise ConfigError(
                 f"proportion_empty_prompts is {self.proportion_empty_prompts}; it must be in [0, 1]"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ldm.data.order import check_length
 from ldm.data.sources import DataSource, Subset, open_source, split_source
 from ldm.training.config import TrainingConfig
@@ -20,6 +22,11 @@ def open_data(config: TrainingConfig) -> tuple[DataSource, DataSource]:
     if config.train_data_dir == "flowers":
         train = open_source("flowers", split="train")
         validation = open_source("flowers", split="validation")
+    elif all((Path(config.train_data_dir) / split).is_dir() for split in ("train", "validation")):
+        train = open_source(config.train_data_dir, split="train", **options)
+        validation = open_source(config.train_data_dir, split="validation", **options)
+    elif config.validation_split == 0:
+        train = validation = open_source(config.train_data_dir, **options)
     else:
         source = open_source(config.train_data_dir, **options)
         train, validation = split_source(source, config.validation_split, config.seed)

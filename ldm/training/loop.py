@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ldm.checkpoint.io import recover
 from ldm.data.order import positions, rank_slots
 from ldm.data.sources import DataSource
 from ldm.errors import ConfigError, DataError, suggest
 from ldm.training.config import STAGES, TrainingConfig, learning_rate_at
 from ldm.training.data import open_data
 from ldm.training.stage import Batch, Stage
-from ldm.training.state import TrainingState, checkpoints, find_checkpoint, publish, sweep
+from ldm.training.state import TrainingState, checkpoints, find_checkpoint, publish
 
 
 def make_stage(name: str, config: Any) -> Stage:
@@ -80,7 +82,7 @@ def train(
         raise ConfigError(str(error)) from None
     say = accelerator.print
     if accelerator.is_main_process:
-        sweep(config.output_dir)
+        recover(config.output_dir)
     accelerator.wait_for_everyone()
     stage.setup(data, validation_data, accelerator.device)
     for module in stage.players.values():
@@ -94,9 +96,11 @@ def train(
             say(f"resumed from {folder}")
         else:
             say(f"nothing to resume in {config.output_dir}: starting at step 0")
-    for name in stage.players:
-        stage.players[name] = accelerator.prepare(stage.players[name])
-    optimizers = {name: accelerator.prepare(state.optimizers[name]) for name in state.optimizers}
+    for player in stage.players:
+        stage.players[player] = accelerator.prepare(stage.players[player])
+    optimizers = {
+        key: accelerator.prepare(optimizer) for key, optimizer in state.optimizers.items()
+    }
     log = _Log(accelerator, config, state.step, tracker)
     parameters = sum(p.numel() for m in state.modules.values() for p in m.parameters())
     say(
@@ -107,16 +111,18 @@ def train(
 
     for batches in _steps(stage, data, config, state.step, accelerator):
         playing = stage.active(state.step)
-        for name in playing:
-            for group in optimizers[name].param_groups:
-                group["lr"] = learning_rate_at(config, state.step, stage.learning_rate(name))
+        for player in playing:
+            for group in optimizers[player].param_groups:
+                group["lr"] = learning_rate_at(config, state.step, stage.learning_rate(player))
         figures = _gradients(stage, playing, batches, state.step, accelerator)
-        for name in playing:
-            accelerator.clip_grad_norm_(stage.players[name].parameters(), config.max_grad_norm)
-            optimizers[name].step()
-            optimizers[name].zero_grad()
-            if name in state.averages:
-                state.averages[name].update(state.step)
+        for player in playing:
+            weights = stage.players[player].parameters()
+            norm = accelerator.clip_grad_norm_(weights, config.max_grad_norm)
+            figures[_prefix(player, playing) + "grad_norm"] = torch.as_tensor(norm)
+            optimizers[player].step()
+            optimizers[player].zero_grad()
+            if player in state.averages:
+                state.averages[player].update(state.step)
         state.step += 1
         log.step(state.step, figures, learning_rate_at(config, state.step - 1))
 
@@ -129,8 +135,8 @@ def train(
                 state.save()
             accelerator.wait_for_everyone()
     log.close()
-    if accelerator.is_main_process and (found := checkpoints(config.output_dir)):
-        publish(found[-1], config.output_dir)
+    if accelerator.is_main_process:
+        publish(config.output_dir / f"checkpoint-{state.step}", config.output_dir)
         say(f"finished: the model is {config.output_dir}")
     accelerator.end_training()
     return config.output_dir
@@ -150,11 +156,15 @@ def _gradients(
                 figures = stage.loss(name, batch, step)
             # A turn of one player leaves no gradient in another.
             accelerator.backward(figures["loss"] / len(batches), inputs=own)
-            prefix = "" if name == playing[0] else f"{name}_"
             for key, value in figures.items():
-                share = value.detach() / len(batches)
-                total[prefix + key] = total.get(prefix + key, 0) + share
+                key = _prefix(name, playing) + key
+                total[key] = total.get(key, 0) + value.detach() / len(batches)
     return total
+
+
+def _prefix(player: str, playing: list[str]) -> str:
+    """The first player's figures have plain names, the others' begin with who it is."""
+    return "" if player == playing[0] else f"{player}_"
 
 
 def _steps(
@@ -245,7 +255,7 @@ class _Log:
             config.output_dir.mkdir(parents=True, exist_ok=True)
             _truncate(self.file, step)
             if tracker:
-                accelerator.init_trackers("logs")
+                accelerator.init_trackers("logs", config=_flat(asdict(config)))
         self.bar = tqdm(
             total=config.max_train_steps,
             initial=step,
@@ -281,7 +291,10 @@ class _Log:
         self._write(rows)
         self._show(loss=f"{rows[-1]['loss']:.4f}", images_per_s=f"{rate:.1f}")
         for row in rows:  # before a checkpoint is written that holds nothing but this
-            if bad := [name for name, value in row.items() if not isfinite(value)]:
+            figures = dict(row)
+            if self.accelerator.scaler is not None:  # fp16 skips a step whose gradients overflow
+                figures = {k: v for k, v in row.items() if not k.endswith("grad_norm")}
+            if bad := [name for name, value in figures.items() if not isfinite(value)]:
                 raise ConfigError(
                     f"{bad[0]} is {row[bad[0]]} at step {row['step']}: the training diverges; lower"
                     " learning_rate or raise lr_warmup_steps, and start anew in another output_dir"
@@ -345,6 +358,11 @@ def _tracker(config: TrainingConfig) -> str | None:
         print(f"{name} is not installed: metrics go to metrics.jsonl only")
         return None
     return name
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as trackers take them: numbers and strings."""
+    return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in options.items()}
 
 
 def _move(batch: Batch, device: torch.device) -> Batch:

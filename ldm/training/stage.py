@@ -31,9 +31,11 @@ class Stage(ABC):
     Attributes:
         players: the trained modules by name, each with an optimizer of its own. In every step they
             take turns in this order (a GAN has two).
+        averaged: the players whose weights are averaged: those that the model is made of.
     """
 
     players: dict[str, nn.Module]
+    averaged: tuple[str, ...]
 
     def __init__(self, config: TrainingConfig):
         self.config = config

@@ -43,10 +43,11 @@ from ldm.training.stage import Stage
 
 # Options that may change between a run and its resumption without changing what is learnt.
 FREE = {
-    "output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-    "validation_steps", "validation_samples", "validation_prompts", "num_validation_images",
-    "logging_steps", "report_to", "dataloader_num_workers", "gradient_accumulation_steps",
-    "gradient_checkpointing", "guidance_scale", "num_inference_steps",
+    "output_dir", "train_data_dir", "checkpointing_steps", "checkpoints_total_limit",
+    "resume_from_checkpoint", "validation_steps", "validation_samples", "validation_prompts",
+    "num_validation_images", "logging_steps", "report_to", "dataloader_num_workers",
+    "gradient_accumulation_steps", "gradient_checkpointing", "guidance_scale",
+    "num_inference_steps",
 }  # fmt: skip
 
 
@@ -83,7 +84,7 @@ class TrainingState:
         self.averages = {
             name: EMA(module, config.ema_decay)
             for name, module in self.modules.items()
-            if config.use_ema
+            if config.use_ema and name in stage.averaged
         }
 
     def save(self) -> Path:
@@ -95,7 +96,7 @@ class TrainingState:
             for name, module in self.modules.items():
                 write_tensors(state / f"{name}.safetensors", module.state_dict())
                 write_tensors(state / f"{name}.optimizer.safetensors", self._moments(name))
-                if self.averages:
+                if name in self.averages:
                     average = self.averages[name].average
                     write_tensors(state / f"{name}.average.safetensors", average)
             write_json(
@@ -111,7 +112,7 @@ class TrainingState:
         if self.config.checkpoints_total_limit:
             for old in checkpoints(self.config.output_dir)[: -self.config.checkpoints_total_limit]:
                 # Renamed first, so that a kill here leaves no half a checkpoint.
-                shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
+                shutil.rmtree(old.rename(old.with_name(f".{old.name}.0-pruned.tmp")))
         return folder
 
     def save_model(self, folder: Path) -> None:
@@ -144,7 +145,7 @@ class TrainingState:
             # Optimizer and average hold on to the parameters: change the numbers, not the objects.
             load_weights(module, read_tensors(file), file, assign=False)
             self._load_moments(name, read_tensors(state / f"{name}.optimizer.safetensors"))
-            if self.averages:
+            if name in self.averages:
                 self.averages[name].load(read_tensors(state / f"{name}.average.safetensors"))
         if self.scaler and stored["scaler"]:
             self.scaler.load_state_dict(stored["scaler"])
@@ -198,13 +199,6 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def sweep(output_dir: Path) -> None:
-    """Remove what a kill in the middle of writing or pruning a checkpoint has left."""
-    for end in ("tmp", "old"):
-        for folder in output_dir.glob(f".checkpoint-*.{end}"):
-            shutil.rmtree(folder)
-
-
 def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
     """The checkpoint to resume from.
 
@@ -218,10 +212,15 @@ def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
     Raises:
         CheckpointError: the folder named is not a whole checkpoint, or `latest` finds only damage.
     """
+    found = checkpoints(output_dir)
     if resume != "latest":
         verify(Path(resume))
+        if Path(resume).resolve() in (later := [path.resolve() for path in found])[:-1]:
+            raise CheckpointError(
+                f"{output_dir} holds later checkpoints than {resume}, up to {later[-1].name};"
+                " remove them, or resume from latest"
+            )
         return Path(resume)
-    found = checkpoints(output_dir)
     for folder in reversed(found):
         try:
             verify(folder)

@@ -89,7 +89,7 @@ class UNetStage(Stage):
             self.schedule = NoiseSchedule(config.schedule)
         self._check()
         self.unet.gradient_checkpointing = config.gradient_checkpointing
-        self.players: dict[str, nn.Module] = {"unet": self.unet}
+        self.players, self.averaged = {"unet": self.unet}, ("unet",)
 
     def setup(self, train: DataSource, validation: DataSource, device: torch.device) -> None:
         self.device = device

@@ -66,7 +66,7 @@ class VaeStage(Stage):
         if config.decoder_only:
             self.vae.encoder.requires_grad_(False)
             self.vae.quant_conv.requires_grad_(False)
-        self.players: dict[str, nn.Module] = {"vae": self.vae}
+        self.players, self.averaged = {"vae": self.vae}, ("vae",)
         if config.disc_start is not None:
             self.players["discriminator"] = PatchDiscriminator(self.vae.config.in_channels)
         self.perceptual = _lpips() if config.perceptual_scale else None

@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import CLIP, make_pipeline, randomize
+from tiny import CLIP, make_pipeline, randomize
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm.config import ScheduleConfig

@@ -262,11 +262,10 @@ def test_going_on_with_another_run_is_refused(options, tmp_path):
 
 def test_no_pickle_anywhere(options, tmp_path):
     """Only formats that hold data: with trackers on, as by default."""
-    pytest.importorskip("tensorboard")
     own = options | {"max_train_steps": 2, "validation_steps": 1, "report_to": "tensorboard"}
     output = run("unet", **own, output_dir=tmp_path / "run")
     files = [f for f in output.rglob("*") if f.is_file()]
-    data = {".json", ".jsonl", ".safetensors", ".png", ".txt"}
+    data = {".json", ".jsonl", ".safetensors", ".png", ".txt", ".yml"}
     assert {f.suffix for f in files if "tfevents" not in f.name} <= data
     events = [f for f in files if "tfevents" in f.name]
     assert events

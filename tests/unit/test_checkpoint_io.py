@@ -16,6 +16,7 @@ from ldm.checkpoint.io import (
     load_weights,
     read_json,
     read_tensors,
+    recover,
     to_dtype,
     verify,
     write_json,
@@ -95,6 +96,30 @@ def test_a_kill_leaves_the_old_folder_whole(tmp_path, moment):
     with atomic_folder(target) as part:  # what lies about does not stop the next one
         (part / "a").write_text("newer")
     assert (target / "a").read_text() == "newer"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
+    target = tmp_path / "model"
+    with atomic_folder(target) as part:
+        (part / "a").write_text("old")
+    script = f"""
+        import os, pathlib
+        from ldm.checkpoint import io
+        rename = pathlib.Path.rename
+        def once(self, other):
+            rename(self, other)
+            os._exit(9)
+        with io.atomic_folder(pathlib.Path({str(target)!r})) as part:
+            (part / "a").write_text("new")
+            pathlib.Path.rename = once
+    """
+    process = subprocess.run([sys.executable, "-c", textwrap.dedent(script)])
+    assert process.returncode == 9 and not target.exists()
+    (tmp_path / ".mine.tmp").mkdir()
+    recover(tmp_path)
+    assert (target / "a").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "model"]
 
 
 def test_manifest_names_what_changed(tmp_path):

@@ -211,7 +211,7 @@ def test_negative_prompts_by_one_and_by_list(tiny_pipeline):
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
 def test_guidance_closed_form(tiny_pipeline, monkeypatch, scale):
-    """One Euler step from sigma to 0 is x0 of uncond + scale (cond - uncond); at 1, of cond."""
+    """One Euler step from sigma to 0 is x0 of uncond + scale (cond - uncond); to 1, of cond."""
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     schedule, unet = tiny_pipeline.schedule, tiny_pipeline.unet
     widths, network = [], unet.forward
@@ -227,13 +227,13 @@ def test_guidance_closed_form(tiny_pipeline, monkeypatch, scale):
         output_type="latent",
         timestep_spacing="karras",
     )
-    assert widths == ([1] if scale == 1 else [2])
+    assert widths == ([1] if scale <= 1 else [2])
     cond, uncond = (
         network(latents, torch.tensor([999.0]), tiny_pipeline.text_encoder.encode([words]))
         for words in ("a red flower", "")
     )
     alpha, rate = schedule.rates(torch.tensor([999]))
-    epsilon = (uncond + scale * (cond - uncond)).detach()
+    epsilon = (uncond + max(scale, 1) * (cond - uncond)).detach()
     torch.testing.assert_close(
         x0, ((latents - rate * epsilon) / alpha).float(), rtol=1e-4, atol=1e-3
     )
@@ -276,7 +276,7 @@ def test_lower_precision_draws_nearly_the_same(tiny_model_folder):
 
 
 def test_components_and_saving_twice(tiny_pipeline, tmp_path):
-    copy = LatentDiffusionPipeline(**tiny_pipeline.components, defaults=tiny_pipeline.defaults)
+    copy = LatentDiffusionPipeline(**tiny_pipeline.components)
     copy.set_progress_bar_config(disable=True)
     copy.save_pretrained(tmp_path)
     copy.save_pretrained(tmp_path)  # over itself

@@ -36,7 +36,7 @@ ADDRESSES = [(0, "noise", 0, 0), (42, "unet/noise", 17, 3), (-1, "꽃", 10**12, 
 
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_uniform_and_normal_by_their_definition(address):
-    expected = [((r >> 11) + 0.5) * 2.0**-53 for r in raw(*address, 22)]
+    expected = [((r >> 12) + 0.5) * 2.0**-52 for r in raw(*address, 22)]
     assert Draws(*address).uniform(22).tolist() == expected
     pairs = list(zip(expected[:11], expected[11:], strict=True))
     radii = [math.sqrt(-2 * math.log(u)) for u, _ in pairs]
@@ -55,7 +55,7 @@ def test_pinned_numbers():
     np.testing.assert_allclose(Draws(42, "noise", 17, 3).normal(3), PINNED_NORMAL, rtol=1e-6)
 
 
-PINNED_UNIFORM = [0.2927043360274249, 0.7413151102845761, 0.25932847111552165]
+PINNED_UNIFORM = [0.29270433602742496, 0.7413151102845762, 0.2593284711155216]
 PINNED_ORDER = [4, 2, 0, 3, 5, 1, 6, 7]
 PINNED_NORMAL = [-0.09182491153478622, -0.7335516810417175, 1.5648491382598877]
 

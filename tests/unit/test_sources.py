@@ -335,7 +335,10 @@ def test_split_is_by_key() -> None:
     for share in (0.0, 1.0, -1.0):
         with pytest.raises(ConfigError, match="between 0 and 1"):
             split_source(_Names(names), share)
-    with pytest.raises(ConfigError, match="leaves 1 samples to train on and 0"):
+    for share in (1e-9, 1 - 1e-9):  # each side has a sample at least
+        few, many = sorted(map(len, split_source(_Names(names[:20]), share)))
+        assert (few, many) == (1, 19)
+    with pytest.raises(DataError, match="1 samples cannot be split"):
         split_source(_Names(["a"]), 0.01)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from ldm.checkpoint.io import write_tensors
 from ldm.errors import CheckpointError
 from ldm.training.config import TrainingConfig
-from ldm.training.state import TrainingState, checkpoints, find_checkpoint, publish, sweep
+from ldm.training.state import TrainingState, checkpoints, find_checkpoint, publish
 
 
 class Players:
@@ -20,7 +20,7 @@ class Players:
         torch.manual_seed(seed)
         # Convolutions, channels last as in the loop: memory does not lie there as in files.
         first = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
-        self.players = {"first": first, "second": nn.Linear(4, 2)}
+        self.players, self.averaged = {"first": first, "second": nn.Linear(4, 2)}, ("first",)
 
     def save(self, folder: Path) -> None:
         write_tensors(folder / "model" / "weights.safetensors", self.players["first"].state_dict())
@@ -39,7 +39,8 @@ def step(state, names=("first",)):
             gradient = torch.randn(parameter.shape, generator=generator)
             parameter.grad = torch.empty_like(parameter).copy_(gradient)
         state.optimizers[name].step()
-        state.averages[name].update(state.step)
+        if name in state.averages:
+            state.averages[name].update(state.step)
     state.step += 1
 
 
@@ -47,7 +48,8 @@ def tensors(state):
     found = {}
     for name, module in state.modules.items():
         found |= {f"{name} {k}": v for k, v in module.state_dict().items()}
-        found |= {f"{name} average {k}": v for k, v in state.averages[name].average.items()}
+        average = state.averages[name].average if name in state.averages else {}
+        found |= {f"{name} average {k}": v for k, v in average.items()}
         found |= {f"{name} moments {k}": v for k, v in state._moments(name).items()}
     return found
 
@@ -149,13 +151,15 @@ def test_other_options_and_other_data_are_refused(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_sweep_removes_only_what_a_kill_left(tmp_path):
-    for name in (".checkpoint-30.77-0123abcd.tmp", ".checkpoint-10.old", ".mine.tmp"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").touch()
-    (tmp_path / "checkpoint-20").mkdir()
-    sweep(tmp_path)
-    assert sorted(f.name for f in tmp_path.iterdir()) == [".mine.tmp", "checkpoint-20"]
+def test_an_older_checkpoint_is_refused_while_later_ones_stand_beside_it(tmp_path):
+    state = make(tmp_path)
+    for _ in range(2):
+        step(state)
+        state.save()
+    older, newer = tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"
+    with pytest.raises(CheckpointError, match="later checkpoints than .*, up to checkpoint-2"):
+        find_checkpoint(str(older), tmp_path)
+    assert find_checkpoint(str(newer), tmp_path) == newer
 
 
 def test_publish_copies_the_model_only(tmp_path):
