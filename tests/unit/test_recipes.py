@@ -35,7 +35,7 @@ def test_flower_recipes_are_the_flowers_preset():
     assert read(CONFIGS / "flowers" / "vae.yaml").vae == preset.vae
 
 
-@pytest.mark.parametrize("folder", ["flowers", "flowers102"])
+@pytest.mark.parametrize("folder", ["flowers", "flowers102", "small"])
 def test_the_three_stages_fit_each_other(folder):
     vae, clip, unet = (read(CONFIGS / folder / f"{s}.yaml") for s in ("vae", "clip", "unet"))
     assert unet.unet.in_channels == unet.unet.out_channels == vae.vae.latent_channels
