@@ -265,3 +265,27 @@ def test_missing_parts_are_named(tmp_path, tiny_model_folder):
         load_text_encoder(tmp_path)
     with pytest.raises(CheckpointError, match=r"no file .*model.fp16.safetensors"):
         load_unet(tiny_model_folder / "unet", variant="fp16")
+
+
+def test_autoencoders_of_before_diffusers_0_17(tmp_path):
+    """Their attention layers have other names."""
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(AutoencoderConfig(block_out_channels=(8, 8), norm_num_groups=4))
+    save_vae(vae, tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = load_file(file)
+    for new, name in old.items():
+        for side in ("encoder", "decoder"):
+            for kind in ("weight", "bias"):
+                place = f"{side}.mid_block.attentions.0"
+                tensors[f"{place}.{name}.{kind}"] = tensors.pop(f"{place}.{new}.{kind}")
+    save_file(tensors, file)
+    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path)
+    images = torch.rand(1, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        ours = load_vae(tmp_path)(images)[0]
+        torch.testing.assert_close(ours, theirs(images).sample, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, vae(images)[0], rtol=1e-5, atol=1e-5)

@@ -330,3 +330,32 @@ def test_errors_are_one_line_that_names_the_argument(tiny_pipeline, options, mes
     with pytest.raises(ConfigError, match=message) as error:
         tiny_pipeline(**call)
     assert "\n" not in str(error.value)
+
+
+def test_options_reach_their_sampler(tiny_pipeline):
+    """Both posterior variances of DDPM, and DDIM's eta, change what they should and nothing else."""
+    small, large = (
+        draw(tiny_pipeline, seed=1, sampler="ddpm", variance=v)[1]
+        for v in ("fixed_small", "fixed_large")
+    )
+    assert not torch.allclose(small[0], large[0])
+    euler = [draw(tiny_pipeline, seed=1, sampler="euler", eta=e)[1] for e in (0.0, 1.0)]
+    torch.testing.assert_close(euler[0], euler[1], rtol=0, atol=0)
+
+
+def test_to_takes_what_a_module_takes(tiny_pipeline, tiny_model_folder):
+    pipe = LatentDiffusionPipeline.from_pretrained(tiny_model_folder)
+    assert pipe.to(torch.bfloat16) is pipe and pipe.dtype == torch.bfloat16
+    assert pipe.to("cpu", torch.float32).dtype == torch.float32
+    pipe.set_progress_bar_config(disable=True)
+    exact, rounded = draw(tiny_pipeline, seed=1)[0], draw(pipe, seed=1)[0]
+    np.testing.assert_allclose(exact, rounded, atol=0.05)
+
+
+def test_an_interrupted_call_has_a_seed_for_each_picture(tiny_pipeline):
+    def stop(pipe, step, timestep, state):
+        pipe._interrupt = True
+        return state
+
+    result = tiny_pipeline(PROMPTS, seed=3, batch_size=2, callback_on_step_end=stop)
+    assert (len(result.images), result.seeds) == (2, [3, 4])
