@@ -333,7 +333,7 @@ def test_errors_are_one_line_that_names_the_argument(tiny_pipeline, options, mes
 
 
 def test_options_reach_their_sampler(tiny_pipeline):
-    """Both posterior variances of DDPM, and DDIM's eta, change what they should and nothing else."""
+    """Both posterior variances of DDPM, and DDIM's eta, change what they should, no more."""
     small, large = (
         draw(tiny_pipeline, seed=1, sampler="ddpm", variance=v)[1]
         for v in ("fixed_small", "fixed_large")
