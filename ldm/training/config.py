@@ -169,13 +169,19 @@ class ClipTraining(TrainingConfig):
     """Options of the `clip` stage: the symmetric contrastive loss (Radford et al. 2021).
 
     Attributes:
+        text_encoder_lr: learning rate of the text tower; learning_rate when not given. A slow text
+            tower keeps a caption's words apart, where a fast one learns every phrase by heart: its
+            U-Net then draws "a yellow rose" only if it has seen one.
         clip: the two towers and the vocabulary.
     """
 
+    text_encoder_lr: float | None = None
     clip: ClipConfig = field(default_factory=ClipConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.text_encoder_lr is not None and self.text_encoder_lr < 0:
+            raise ConfigError(f"text_encoder_lr is {self.text_encoder_lr}; it must be 0 or more")
         if self.resolution != self.clip.image_size:
             raise ConfigError(
                 f"resolution {self.resolution} and clip.image_size {self.clip.image_size} differ;"

@@ -113,7 +113,7 @@ def train(
         playing = stage.active(state.step)
         for player in playing:
             for group in optimizers[player].param_groups:
-                group["lr"] = learning_rate_at(config, state.step, stage.learning_rate(player))
+                group["lr"] = learning_rate_at(config, state.step, group["base_lr"])
         figures = _gradients(stage, playing, batches, state.step, accelerator)
         for player in playing:
             weights = stage.players[player].parameters()

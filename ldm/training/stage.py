@@ -72,9 +72,9 @@ class Stage(ABC):
         """The players that take their turn at this step."""
         return list(self.players)
 
-    def learning_rate(self, player: str) -> float:
-        """The player's learning rate after warm-up."""
-        return self.config.learning_rate
+    def parameter_groups(self, player: str) -> list[dict[str, Any]]:
+        """What the player's AdamW is given: `params`, and `base_lr`, their rate after warm-up."""
+        return [{"params": self.players[player].parameters(), "base_lr": self.config.learning_rate}]
 
 
 def load_sample(

@@ -73,13 +73,13 @@ class TrainingState:
         self.modules = dict(stage.players)
         self.optimizers = {
             name: torch.optim.AdamW(
-                module.parameters(),
+                stage.parameter_groups(name),
                 betas=(config.adam_beta1, config.adam_beta2),
                 weight_decay=config.adam_weight_decay,
                 eps=config.adam_epsilon,
                 fused=True,
             )
-            for name, module in self.modules.items()
+            for name in self.modules
         }
         self.averages = {
             name: EMA(module, config.ema_decay)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,10 +86,11 @@ class VaeStage(Stage):
         start = self.config.disc_start
         return ["vae"] if start is None or step < start else ["vae", "discriminator"]
 
-    def learning_rate(self, player: str) -> float:
+    def parameter_groups(self, player: str) -> list[dict[str, Any]]:
+        [group] = super().parameter_groups(player)
         if player == "discriminator" and self.config.disc_learning_rate is not None:
-            return self.config.disc_learning_rate
-        return self.config.learning_rate
+            group["base_lr"] = self.config.disc_learning_rate
+        return [group]
 
     def loss(self, player: str, batch: Batch, step: int) -> dict[str, Tensor]:
         pixels: Tensor = batch["pixels"]  # b 3 H W

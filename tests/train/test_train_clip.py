@@ -51,6 +51,19 @@ def test_temperature_is_bounded(options):
     torch.testing.assert_close(losses[0], losses[1])
 
 
+def test_text_tower_has_its_own_rate(options, tmp_path):
+    """AdamW's first step moves every parameter by its rate (Kingma & Ba 2015, section 2.1)."""
+    one = options | {"lr_warmup_steps": 0, "adam_weight_decay": 0.0, "use_ema": False}
+    stage, *_ = prepared("clip", **one)
+    before = {name: p.detach().clone() for name, p in stage.clip.named_parameters()}
+    run("clip", **one, text_encoder_lr=1e-4, max_train_steps=1, output_dir=tmp_path / "run")
+    after = weights(tmp_path / "run" / "checkpoint-1" / "training_state")
+    for name in ("text_model.encoder.layers.0.mlp.fc1.weight", "visual_projection.weight"):
+        moved = (after[f"clip.safetensors:{name}"] - before[name]).abs().max().item()
+        expected = 1e-4 if name.startswith("text") else 1e-3
+        assert moved == pytest.approx(expected, rel=1e-2), name
+
+
 def test_folders_open_in_transformers(trained, options):
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPTextModel
 

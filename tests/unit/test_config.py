@@ -116,6 +116,7 @@ WRONG = [
         "train_batch_size 6 cannot be split",
     ),
     (VaeTraining, {"mixed_precision": "fp16", "disc_start": 5}, "bf16"),
+    (ClipTraining, {"text_encoder_lr": -1e-4}, "text_encoder_lr is -0.0001"),
     (ClipTraining, {"resolution": 32}, "resolution 32 and clip.image_size 64 differ"),
     (
         ClipTraining,

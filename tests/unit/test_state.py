@@ -22,6 +22,9 @@ class Players:
         first = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
         self.players, self.averaged = {"first": first, "second": nn.Linear(4, 2)}, ("first",)
 
+    def parameter_groups(self, player: str) -> list:
+        return [{"params": self.players[player].parameters(), "base_lr": 1e-3}]
+
     def save(self, folder: Path) -> None:
         write_tensors(folder / "model" / "weights.safetensors", self.players["first"].state_dict())
 
