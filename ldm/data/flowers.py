@@ -19,7 +19,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ldm.data.sources import Sample
+from ldm.data.sample import Sample
 from ldm.errors import ConfigError, DataError, suggest
 from ldm.rng import Draws
 

@@ -21,48 +21,17 @@ import os
 import re
 import tarfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from PIL import Image
 
+from ldm.data.flowers import Flowers
+from ldm.data.sample import DataSource, Sample
 from ldm.errors import ConfigError, DataError, suggest
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """Pictures have one of these endings, in small or capital letters."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One picture with its caption.
-
-    Attributes:
-        image: the picture in the mode it is stored in; `ldm.data.transforms.to_rgb` makes it RGB.
-        caption: what is said of it.
-        key: its name in the data set; unique.
-    """
-
-    image: Image.Image
-    caption: str
-    key: str
-
-
-class DataSource(Protocol):
-    """An indexed data set: `source[i]` is always the same sample."""
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash that names the data; it changes when samples come, go or change in size."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample: ...
-
-    def key(self, index: int) -> str:
-        """The sample's name, without reading its picture."""
-        ...
 
 
 class CaptionFolder:
@@ -330,8 +299,6 @@ def open_source(
         DataError: nothing usable is there.
     """
     if os.fspath(path) == "flowers":
-        from ldm.data.flowers import Flowers
-
         return Flowers(split=split)
     root = Path(path)
     if any(sign in os.fspath(path) for sign in "*?[{") and not root.exists():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ldm.config import ClipConfig, TowerConfig
-from ldm.data.sources import DataSource
+from ldm.data.sample import DataSource
 from ldm.models.text_encoder import TextEncoder, TransformersTower
 from ldm.training.config import ClipTraining
 from ldm.training.stage import Batch, Stage, load_sample

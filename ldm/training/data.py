@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ldm.data.order import check_length
-from ldm.data.sources import DataSource, Subset, open_source, split_source
+from ldm.data.sample import DataSource
+from ldm.data.sources import Subset, open_source, split_source
 from ldm.training.config import TrainingConfig
 
 

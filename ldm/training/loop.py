@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ldm.checkpoint.io import recover
 from ldm.data.order import positions, rank_slots
-from ldm.data.sources import DataSource
+from ldm.data.sample import DataSource
 from ldm.errors import ConfigError, DataError, suggest
 from ldm.training.config import STAGES, TrainingConfig, learning_rate_at
 from ldm.training.data import open_data

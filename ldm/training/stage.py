@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ldm.data.sources import DataSource
+from ldm.data.sample import DataSource
 from ldm.data.transforms import prepare
 from ldm.rng import Draws
 from ldm.training.config import TrainingConfig

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ldm.checkpoint.folder import load_schedule, load_text_encoder, load_unet, load_vae
 from ldm.checkpoint.locate import locate_model
 from ldm.data.latents import LatentCache, encode_source
-from ldm.data.sources import DataSource
+from ldm.data.sample import DataSource
 from ldm.diffusion.loss import diffusion_loss
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import ConfigError

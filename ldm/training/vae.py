@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from ldm.checkpoint.folder import load_vae, save_vae
 from ldm.checkpoint.locate import locate_model
-from ldm.data.sources import DataSource
+from ldm.data.sample import DataSource
 from ldm.errors import ConfigError
 from ldm.images import image_grid, to_pil
 from ldm.models.autoencoder import AutoencoderKL

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.data.sample import DataSource
 from ldm.data.sources import (
     CaptionFolder,
-    DataSource,
     MetadataFolder,
     Subset,
     TarShards,

@@ -1,0 +1,40 @@
+"""What every data set gives: a `Sample` at each index of a `DataSource`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with its caption.
+
+    Attributes:
+        image: the picture in the mode it is stored in; `ldm.data.transforms.to_rgb` makes it RGB.
+        caption: what is said of it.
+        key: its name in the data set; unique.
+    """
+
+    image: Image.Image
+    caption: str
+    key: str
+
+
+class DataSource(Protocol):
+    """An indexed data set: `source[i]` is always the same sample."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash that names the data; it changes when samples come, go or change in size."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def key(self, index: int) -> str:
+        """The sample's name, without reading its picture."""
+        ...
