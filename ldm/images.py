@@ -43,7 +43,7 @@ def image_grid(
 
 
 def parameters_text(prompt: str, negative_prompt: str, seed: int, settings: dict[str, Any]) -> str:
-    """How a picture was made, in the words of AUTOMATIC1111's web UI, which every viewer reads.
+    """How a picture was made, in the words of AUTOMATIC1111's web UI.
 
     Args:
         prompt: what was drawn.
@@ -52,11 +52,14 @@ def parameters_text(prompt: str, negative_prompt: str, seed: int, settings: dict
         settings: of `PipelineOutput`.
     """
     negative = f"Negative prompt: {negative_prompt}\n" if negative_prompt else ""
+    extras = ("eta", "variance", "guidance_rescale", "clip_skip")
+    shown = {name.capitalize().replace("_", " "): settings.get(name) for name in extras}
     return (
         f"{prompt}\n{negative}Steps: {settings['num_inference_steps']},"
         f" Sampler: {settings['sampler']}, Schedule type: {settings['timestep_spacing']},"
         f" CFG scale: {settings['guidance_scale']}, Seed: {seed},"
         f" Size: {settings['width']}x{settings['height']}"
+        + "".join(f", {name}: {value}" for name, value in shown.items() if value)
     )
 
 

@@ -62,7 +62,7 @@ class PipelineOutput(NamedTuple):
     Attributes:
         images: PIL pictures; or as `output_type` says, an array b H W 3 or a tensor b 3 H W in
             [0, 1], or scaled latents b l h w.
-        seeds: the seed of each picture; empty when the caller brought latents or generators.
+        seeds: the seed of each picture; empty when the caller brought generators.
         settings: what else made them: steps, sampler, guidance, size.
     """
 
@@ -80,6 +80,9 @@ class LatentDiffusionPipeline:
         text_encoder: prompts to context.
         schedule: the noise schedule that the U-Net was trained with.
         defaults: `num_inference_steps` and `guidance_scale` that suit this model.
+
+    Raises:
+        ConfigError: the parts do not fit each other.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class LatentDiffusionPipeline:
         *,
         defaults: Mapping[str, Any] | None = None,
     ):
+        check_parts(unet, vae, text_encoder)
         self.unet, self.vae, self.text_encoder, self.schedule = unet, vae, text_encoder, schedule
         self.defaults = {"num_inference_steps": 50, "guidance_scale": 7.5} | dict(defaults or {})
         self._progress: dict[str, Any] = {}
@@ -116,7 +120,7 @@ class LatentDiffusionPipeline:
             local_files_only: never ask the network.
 
         Raises:
-            ConfigError: there is no such model.
+            ConfigError: there is no such model, or its parts do not fit each other.
             CheckpointError: the model is incomplete, damaged, or of a kind that ldm has not.
         """
         folder = locate_model(
@@ -225,7 +229,7 @@ class LatentDiffusionPipeline:
             height: of the pictures, in pixels, a multiple of the VAE's factor; the model's size
                 when not given.
             width: likewise.
-            num_inference_steps: network calls a picture (twice as many for `heun`).
+            num_inference_steps: network calls a picture (for `heun` twice as many less one).
             guidance_scale: w of classifier-free guidance; 1 or less is without.
             guidance_rescale: of Lin et al. 2024, in [0, 1].
             num_images_per_prompt: pictures a prompt.
@@ -241,7 +245,8 @@ class LatentDiffusionPipeline:
             eta: of DDIM, in [0, 1].
             variance: of DDPM's steps: beta tilde (`fixed_small`) or beta (`fixed_large`).
             clip_skip: layers of the text encoder left out at its end.
-            batch_size: pictures at a time; all at once when not given. Never changes a picture.
+            batch_size: pictures at a time; all at once when not given. It changes no picture,
+                unless one generator serves them all.
             output_type: `pil`, `np`, `pt` or `latent`.
             callback_on_step_end: called after each step; it may return other latents, and it may
                 set `pipeline._interrupt = True` to stop after this step.
@@ -280,7 +285,6 @@ class LatentDiffusionPipeline:
         if latents is None:
             latents = torch.stack([image_noise(g, shape) for g in generators])  # b l h w
         else:
-            seeds = []
             _check_shape("latents", latents, (count, *shape))
 
         self._interrupt = False
@@ -307,6 +311,9 @@ class LatentDiffusionPipeline:
             "width": width,
             "height": height,
         }
+        # What is off by default is said where it is on.
+        extras = {"guidance_rescale": guidance_rescale, "clip_skip": clip_skip, **options}
+        settings |= {k: v for k, v in extras.items() if v and v != "fixed_small"}
         return PipelineOutput(images, seeds[: len(images)], settings)
 
     def _contexts(
@@ -373,7 +380,6 @@ class LatentDiffusionPipeline:
         x = spec.initial_latents(noise.float(), sigmas[0].item(), spacing).to(self.device)
 
         def fresh_noise() -> Tensor:
-            # A batch of callers' latents may come without generators, and then with one for all.
             draws = [image_noise(g, tuple(noise.shape[1:])) for g in generators]
             return torch.stack(draws).to(self.device)  # b l h w
 
@@ -388,11 +394,12 @@ class LatentDiffusionPipeline:
             timestep = float(self.schedule.sigma_to_t(sigmas[step]))
             given = to_vp(x, sigma)
             returned = on_step_end(self, step, timestep, {"latents": given})
+            latents = (returned or {}).get("latents", given)
+            x = x if latents is given else from_vp(latents, sigma)
             if self._interrupt:
                 reached = sigma
-                raise StopSampling
-            latents = (returned or {}).get("latents", given)
-            return None if latents is given else from_vp(latents, sigma)
+                raise StopSampling(x)
+            return x
 
         with bar:
             x = spec.sample(denoise, x, sigmas, noise=fresh_noise, callback=callback, **options)
@@ -407,6 +414,25 @@ class LatentDiffusionPipeline:
             return to_pil(images)
         images = (images / 2 + 0.5).clamp(0, 1)
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def check_parts(unet: UNet, vae: AutoencoderKL, text_encoder: TextEncoder) -> None:
+    """Refuse a U-Net that fits neither the VAE's latents nor the text encoder's width.
+
+    Raises:
+        ConfigError: they differ; the line says in what.
+    """
+    for name in ("in_channels", "out_channels"):
+        if getattr(unet.config, name) != vae.config.latent_channels:
+            raise ConfigError(
+                f"unet.{name} is {getattr(unet.config, name)} but the VAE's latents have"
+                f" {vae.config.latent_channels} channels; ldm draws only with equal ones"
+            )
+    if unet.config.cross_attention_dim != text_encoder.dim:
+        raise ConfigError(
+            f"unet.cross_attention_dim is {unet.config.cross_attention_dim} but the text encoder's"
+            f" width is {text_encoder.dim}; make them equal"
+        )
 
 
 def _generators(

@@ -1,4 +1,4 @@
-"""The Gradio page: a prompt in, pictures out, with everything that made them said below."""
+"""The Gradio page: a prompt in, pictures out, with the settings that made them said below."""
 
 from __future__ import annotations
 

@@ -8,32 +8,38 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import _ours  # noqa: F401
 
 from ldm.checkpoint.locate import locate_model
 from ldm.cli import Parser, run
+from ldm.config import SamplerName
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = Parser("evaluate.py", description=__doc__)
-    parser.add_argument("--model", default="flowers", help="a bundled model or a model folder")
+    parser.add_argument("--model", default="flowers", help="bundled, a folder, or a hub name")
     parser.add_argument("--number", type=int, default=100, help="pictures for each figure")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture")
     parser.add_argument("--num_inference_steps", "--steps", type=int, help="the model's by default")
     parser.add_argument("--guidance_scale", "--scale", type=float, help="the model's by default")
-    parser.add_argument("--sampler", default="ddim")
+    parser.add_argument("--sampler", default="ddim", choices=get_args(SamplerName))
+    parser.add_argument("--device", help="cuda if there is one, else cpu")
     parser.add_argument("--outdir", type=Path, default=Path("outputs/evaluate"))
     options = parser.parse_args(arguments)
     folder = locate_model(options.model)
+
+    import torch
 
     from ldm.evaluation.evaluate import QUESTIONS, ask, reconstruction_psnr
     from ldm.images import image_grid
     from ldm.pipeline import LatentDiffusionPipeline
 
     pipeline = LatentDiffusionPipeline.from_pretrained(folder)
+    pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options.outdir.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, float] = {}
+    figures: dict[str, float] = {"number": options.number}
     for name, make in QUESTIONS.items():
         result = ask(
             pipeline,

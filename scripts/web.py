@@ -12,7 +12,7 @@ from ldm.cli import Parser, run
 
 def main(arguments: Sequence[str]) -> None:
     parser = Parser("web.py", description=__doc__)
-    parser.add_argument("--model", default="flowers", help="a bundled model or a model folder")
+    parser.add_argument("--model", default="flowers", help="bundled, a folder, or a hub name")
     parser.add_argument("--device", help="cuda if there is one, else cpu")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves the whole network")
     parser.add_argument("--port", type=int, default=7860)

@@ -185,9 +185,22 @@ def load_schedule(folder: Path) -> NoiseSchedule:
     if ours is None:
         # diffusers' StableDiffusionPipeline draws with these two, whatever such a file says
         ours = {"steps_offset": 1, "clip_sample": False}
+        stored = _diffusers_defaults(str(stored.get("_class_name"))) | stored
         if stored.get("use_karras_sigmas"):
             ours["timestep_spacing"] = "karras"
     return NoiseSchedule(ScheduleConfig(**_fields(ScheduleConfig, stored | ours, folder)))
+
+
+def _diffusers_defaults(scheduler: str) -> dict[str, Any]:
+    """What a diffusers scheduler of this class takes for a key that its file leaves out."""
+    leading = scheduler in ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")
+    return {
+        "beta_schedule": "linear",
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "timestep_spacing": "leading" if leading else "linspace",
+        "set_alpha_to_one": scheduler == "DDIMScheduler",
+    }
 
 
 def save_index(folder: Path, defaults: Mapping[str, Any] | None = None) -> None:
@@ -222,14 +235,25 @@ def load_defaults(folder: Path) -> dict[str, Any]:
 def load_text_encoder(
     folder: Path, *, dtype: torch.dtype | None = None, variant: str | None = None
 ) -> TextEncoder:
-    """Read `text_encoder/` and `tokenizer/` of a model folder."""
+    """Read `text_encoder/` and `tokenizer/` of a model folder.
+
+    Args:
+        folder: the model folder.
+        dtype: what it computes in; float32 when not given.
+        variant: `fp16` reads model.fp16.safetensors.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
     for part in ("text_encoder/config.json", "tokenizer/tokenizer_config.json"):
         if not (folder / part).is_file():
             raise CheckpointError(f"no file {folder / part}; is {folder} a whole model folder?")
-    encoder = TextEncoder.from_folder(
-        folder / "text_encoder", folder / "tokenizer", variant=variant
+    return TextEncoder.from_folder(
+        folder / "text_encoder",
+        folder / "tokenizer",
+        dtype=dtype or torch.float32,
+        variant=variant,
     )
-    return encoder if dtype is None else encoder.to(dtype)
 
 
 def _modern_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

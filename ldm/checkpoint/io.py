@@ -127,6 +127,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         temporary.rename(folder)
         _flush_directory(folder.parent)
     finally:
+        shutil.rmtree(temporary, ignore_errors=True)
         recover(folder.parent, escape(folder.name))
 
 
@@ -144,7 +145,19 @@ def recover(parent: Path, name: str = "*") -> None:
         else:  # killed between the two renames
             old.rename(place)
     for temporary in parent.glob(f".{name}.[0-9]*-*.tmp"):
-        shutil.rmtree(temporary)
+        writer = int(temporary.name.rsplit(".", 2)[1].split("-")[0])
+        if writer == os.getpid() or not _alive(writer):  # another process may be filling it
+            shutil.rmtree(temporary)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is there, and another user's
+        return True
+    return True
 
 
 def write_manifest(folder: Path) -> None:

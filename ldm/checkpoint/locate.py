@@ -25,7 +25,8 @@ def locate_model(
     """The folder of a model: a path, a bundled model's name, or an `owner/name` on the hub.
 
     Args:
-        name: what the user typed.
+        name: what the user typed. A bundled model's name always means that model: write
+            `./flowers` for a folder that is called so.
         variant: of the weight files to fetch from the hub, such as `fp16`.
         revision: branch, tag or commit, for a model on the hub.
         local_files_only: use only what the hub's cache holds already.
@@ -34,13 +35,13 @@ def locate_model(
         ConfigError: no such model; the line names the nearest one.
         CheckpointError: the hub does not have it, or cannot be reached.
     """
+    if str(name) in bundled_models():
+        return PRETRAINED / str(name)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file():
         raise ConfigError(f"model {name} is a file; give a model folder in the diffusers layout")
-    if (PRETRAINED / str(name) / "model_index.json").is_file():
-        return PRETRAINED / str(name)
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
         return _download(str(name), variant, revision, local_files_only)
     raise _unknown(str(name))
@@ -91,8 +92,9 @@ def _download(name: str, variant: str | None, revision: str | None, local_files_
     except HFValidationError:  # no name that the hub could have
         raise _unknown(name) from None
     except HfHubHTTPError as error:
+        which = f"of that name and revision '{revision}'" if revision else "of that name"
         raise CheckpointError(
-            f"no folder '{name}', and the hub gives no model of that name (HTTP"
+            f"no folder '{name}', and the hub gives no model {which} (HTTP"
             f" {error.response.status_code}); check the path, or log in where it is private"
         ) from None
     return Path(folder)

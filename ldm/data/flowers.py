@@ -87,9 +87,10 @@ _SUPERSAMPLING = 4
 _RADIUS = {1: 0.31, 2: 0.21, 3: 0.15}
 
 _PAIRS = tuple((color, kind) for color in COLORS for kind in KINDS)
-_SPLIT_PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
-    "train": tuple(pair for pair in _PAIRS if pair not in HELD_OUT),
-    "validation": tuple(pair for pair in _PAIRS if pair not in HELD_OUT),
+_SEEN = tuple(pair for pair in _PAIRS if pair not in HELD_OUT)
+_SPLIT_PAIRS = {
+    "train": _SEEN,
+    "validation": _SEEN,
     "held_out": tuple(pair for pair in _PAIRS if pair in HELD_OUT),
 }
 
@@ -185,7 +186,12 @@ def parse(caption: str) -> dict[str, str | int | bool | None]:
         r"(?:a (?:drawing|picture) of )?(an?|two|three) (small )?(\w+) (\w+)(?: (.+))?", caption
     )
     places = {words: name for name, both in BACKGROUNDS.items() for words in both}
-    if match is None or match[3] not in COLORS or match[4] not in nouns:
+    if (
+        match is None
+        or match[3] not in COLORS
+        or match[4] not in nouns
+        or (match[5] and match[5] not in places)
+    ):
         raise DataError(f"flowers: {caption!r} is no caption of the procedural flowers")
     kind = nouns[match[4]]
     return {

@@ -17,6 +17,7 @@ import glob
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import tarfile
@@ -29,6 +30,8 @@ from PIL import Image
 from ldm.data.flowers import Flowers
 from ldm.data.sample import DataSource, Sample
 from ldm.errors import ConfigError, DataError, suggest
+
+logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """Pictures have one of these endings, in small or capital letters."""
@@ -88,9 +91,7 @@ class CaptionFolder:
 
     def __getitem__(self, index: int) -> Sample:
         name = self._names[index]
-        return Sample(
-            _decode((self.root / name).read_bytes(), name), self._read_caption(name), name
-        )
+        return Sample(_decode(_read(self.root / name), name), self._read_caption(name), name)
 
 
 class MetadataFolder:
@@ -150,7 +151,7 @@ class MetadataFolder:
 
     def __getitem__(self, index: int) -> Sample:
         name, caption = self._samples[index]
-        return Sample(_decode((self.root / name).read_bytes(), name), caption, name)
+        return Sample(_decode(_read(self.root / name), name), caption, name)
 
 
 class TarShards:
@@ -298,9 +299,11 @@ def open_source(
     Raises:
         DataError: nothing usable is there.
     """
-    if os.fspath(path) == "flowers":
-        return Flowers(split=split)
     root = Path(path)
+    if os.fspath(path) == "flowers":
+        if root.is_dir():
+            logger.warning("flowers is the built-in set; write ./flowers for the folder")
+        return Flowers(split=split)
     if any(sign in os.fspath(path) for sign in "*?[{") and not root.exists():
         return TarShards(path, caption_column=caption_column)
     if not root.exists():
@@ -309,7 +312,7 @@ def open_source(
         if root.suffix != ".tar":
             raise DataError(f"{path}: is a file but no .tar; give the folder of the pictures")
         return TarShards(root, caption_column=caption_column)
-    folders = {child.name for child in root.iterdir() if child.is_dir()}
+    folders = {child.name for child in root.iterdir() if child.is_dir() and _shown(child.name)}
     # A class of pictures may be called `train`, too: then it has neighbours that are no splits.
     if split in folders and folders <= {"train", "validation", "val", "test", "held_out"}:
         root = root / split
@@ -335,6 +338,13 @@ def _decode(data: bytes, key: str) -> Image.Image:
     return image
 
 
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); was it moved?") from error
+
+
 def _span(file: BinaryIO, offset: int, size: int) -> bytes:
     file.seek(offset)
     data = file.read(size)
@@ -344,19 +354,28 @@ def _span(file: BinaryIO, offset: int, size: int) -> bytes:
 
 
 def _picture_names(root: Path) -> list[str]:
-    """Paths below root of all pictures but hidden ones, sorted."""
-    names = [
-        (Path(folder) / file).relative_to(root).as_posix()
-        for folder, _, files in os.walk(root, followlinks=True)
-        for file in files
-        if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
-    ]
+    """Paths below root of all pictures but hidden ones and those in hidden folders, sorted."""
+    names = []
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = filter(_shown, subfolders)
+        names += [
+            (Path(folder) / file).relative_to(root).as_posix()
+            for file in files
+            if file.lower().endswith(EXTENSIONS) and _shown(file)
+        ]
     if not names:
         raise DataError(f"{root}: no pictures found; looked for {', '.join(EXTENSIONS)}")
     return sorted(names)
 
 
+def _shown(name: str) -> bool:
+    """Whether a name is the user's: not `.cache`, `.ipynb_checkpoints` or `__MACOSX`."""
+    return not name.startswith((".", "__"))
+
+
 def _shard_paths(path: str) -> list[str]:
+    if os.path.isfile(path):
+        return [path]
     if os.path.isdir(path):
         shards = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
     elif any(sign in path for sign in "*?["):

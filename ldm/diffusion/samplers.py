@@ -2,7 +2,7 @@
 
 Each sampler is its update rule from sigma to sigma_next (`step`); `_run` is the loop around it.
 Sigma space makes the family resemblance plain: DDIM with eta 0 is Euler, DDIM with eta 1 is
-Euler ancestral, and both of those are DDPM with its smaller variance. They differ in the grid that
+Euler ancestral, and these last two are DDPM with its smaller variance. They differ in the grid that
 users know them by, which `SAMPLERS` keeps beside each function.
 
 Coefficients are Python floats, hence float64; latents keep the dtype they came in.
@@ -33,14 +33,18 @@ NoiseFn = Callable[[], Tensor]
 
 Callback = Callable[[int, float, Tensor, Tensor], Tensor | None]
 """(step, sigma, x, x0) after each step, with the x that the step arrived at, that x's sigma, and
-the x0 predicted on the way. A tensor that it returns replaces x; `StopSampling` ends the run."""
+the x0 predicted on the way. A tensor that it returns replaces x; `StopSampling(x)` ends the run."""
 
 Step = Callable[[Tensor, Tensor, float, float], Tensor]
 """(x, x0 = denoise(x, sigma), sigma, sigma_next) -> x at sigma_next."""
 
 
 class StopSampling(Exception):
-    """Raised by a callback to end the run: the sampler returns x as it is after that step."""
+    """Raised by a callback to end the run; the sampler returns what it carries, x: b c h w."""
+
+    def __init__(self, x: Tensor):
+        super().__init__()
+        self.x = x
 
 
 def sample_euler(
@@ -317,8 +321,8 @@ def _run(
         if callback is not None:
             try:
                 replaced = callback(i, sigma_next, x, x0)
-            except StopSampling:
-                return x
+            except StopSampling as stop:
+                return stop.x
             x = x if replaced is None else replaced
     return x
 

@@ -67,7 +67,7 @@ class Result:
 
 
 def color_questions(number: int = 100) -> list[Question]:
-    """All colours in turn, every second prompt with one of the kinds seen in that colour."""
+    """All colours in turn, first as `flower` and then as each of the kinds seen in that colour."""
     questions = []
     for i, color in enumerate(islice(cycle(COLORS), number)):
         turn = i // len(COLORS)
@@ -77,10 +77,10 @@ def color_questions(number: int = 100) -> list[Question]:
 
 
 def count_questions(number: int = 100) -> list[Question]:
-    """One, two and three flowers in turn, in changing colours and kinds."""
+    """One, two and three flowers of the same pair in turn; the pairs change colour and kind."""
     pairs = [(c, k) for k in (None, *KINDS) for c in COLORS if (c, k) not in HELD_OUT]
     return [
-        Question(prompt(*pairs[i * 7 % len(pairs)], count=i % 3 + 1), count=i % 3 + 1)
+        Question(prompt(*pairs[i // 3 * 7 % len(pairs)], count=i % 3 + 1), count=i % 3 + 1)
         for i in range(number)
     ]
 

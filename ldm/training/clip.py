@@ -58,6 +58,8 @@ class ClipStage(Stage):
         torch.manual_seed(config.seed)
         self.tokenizer = clip_tokenizer(config.clip)
         self.clip = build_clip(config.clip)
+        if config.gradient_checkpointing:
+            self.clip.gradient_checkpointing_enable()
         self.players, self.averaged = {"clip": self.clip}, ("clip",)
 
     def parameter_groups(self, player: str) -> list[dict[str, Any]]:

@@ -22,8 +22,9 @@ class TrainingConfig:
 
     Attributes:
         output_dir: where checkpoints, logs and the finished model go.
-        train_data_dir: a folder, a WebDataset tar, a glob of tars, or `flowers` (procedural).
-        caption_column: the caption's name in metadata.jsonl.
+        train_data_dir: a folder of pictures or of tars, a WebDataset tar, a glob or brace pattern
+            of tars, or `flowers` (procedural).
+        caption_column: the caption's name in metadata.jsonl, and in the .json of a shard.
         caption_extension: of the caption files that lie beside pictures.
         validation_split: share of the data that is kept back for the validation loss, where it
             has no folders `train` and `validation` of its own; 0 validates on training samples.
@@ -124,7 +125,7 @@ class VaeTraining(TrainingConfig):
     """Options of the `vae` stage: L1 + KL + perceptual + adversarial loss (Esser et al. 2021).
 
     Attributes:
-        vae: the autoencoder to train from scratch.
+        vae: the autoencoder to train from scratch; not looked at where the next option brings one.
         pretrained_model_name_or_path: a model whose autoencoder to train on instead.
         decoder_only: leave the encoder and the latents' scale as they are, so that a U-Net trained
             on these latents stays valid.
@@ -236,6 +237,11 @@ class UNetTraining(TrainingConfig):
             raise ConfigError(
                 f"num_inference_steps is {self.num_inference_steps}, more than the schedule's"
                 f" num_train_timesteps {self.schedule.num_train_timesteps}"
+            )
+        if self.unet is None and self.schedule != ScheduleConfig():
+            raise ConfigError(
+                "schedule belongs to a U-Net trained from scratch, and without unet the U-Net and"
+                " schedule of pretrained_model_name_or_path are trained on; leave schedule out"
             )
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise ConfigError(

@@ -24,8 +24,8 @@ def open_data(config: TrainingConfig) -> tuple[DataSource, DataSource]:
         train = open_source("flowers", split="train")
         validation = open_source("flowers", split="validation")
     elif all((Path(config.train_data_dir) / split).is_dir() for split in ("train", "validation")):
-        train = open_source(config.train_data_dir, split="train", **options)
-        validation = open_source(config.train_data_dir, split="validation", **options)
+        train = open_source(Path(config.train_data_dir) / "train", **options)
+        validation = open_source(Path(config.train_data_dir) / "validation", **options)
     elif config.validation_split == 0:
         train = validation = open_source(config.train_data_dir, **options)
     else:

@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
-from math import isfinite
+from itertools import pairwise
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from ldm.training.config import STAGES, TrainingConfig, learning_rate_at
 from ldm.training.data import open_data
 from ldm.training.stage import Batch, Stage
 from ldm.training.state import TrainingState, checkpoints, find_checkpoint, publish
+
+VALIDATION_BATCH = 32  # at most so many samples at a time
 
 
 def make_stage(name: str, config: Any) -> Stage:
@@ -84,18 +87,20 @@ def train(
     if accelerator.is_main_process:
         recover(config.output_dir)
     accelerator.wait_for_everyone()
-    stage.setup(data, validation_data, accelerator.device)
+    size = _piece_size(config, accelerator.num_processes)
     for module in stage.players.values():
         module.to(device=accelerator.device).to(memory_format=torch.channels_last)  # type: ignore
         module.train()
     state = TrainingState(stage, config, data.fingerprint)
     state.scaler = accelerator.scaler
+    newest: Path | None = None
     if resume := config.resume_from_checkpoint:
-        if folder := find_checkpoint(resume, config.output_dir):
-            state.load(folder)
-            say(f"resumed from {folder}")
+        if newest := find_checkpoint(resume, config.output_dir):
+            state.load(newest)
+            say(f"resumed from {newest}")
         else:
             say(f"nothing to resume in {config.output_dir}: starting at step 0")
+    stage.setup(data, validation_data, accelerator.device)
     for player in stage.players:
         stage.players[player] = accelerator.prepare(stage.players[player])
     optimizers = {
@@ -109,7 +114,7 @@ def train(
         f" {accelerator.device.type}"
     )
 
-    for batches in _steps(stage, data, config, state.step, accelerator):
+    for batches in _steps(stage, data, size, state.step, accelerator):
         playing = stage.active(state.step)
         for player in playing:
             for group in optimizers[player].param_groups:
@@ -128,15 +133,17 @@ def train(
 
         last = state.step == config.max_train_steps
         if last or state.step % config.validation_steps == 0:
+            log.flush()
             log.validation(state.step, *_validate(stage, validation_data, state, accelerator))
         if last or state.step % config.checkpointing_steps == 0:
             log.flush()
             if accelerator.is_main_process:
-                state.save()
+                newest = state.save()
             accelerator.wait_for_everyone()
+            log.since = time.perf_counter()
     log.close()
-    if accelerator.is_main_process:
-        publish(config.output_dir / f"checkpoint-{state.step}", config.output_dir)
+    if accelerator.is_main_process and newest:
+        publish(newest, config.output_dir)
         say(f"finished: the model is {config.output_dir}")
     accelerator.end_training()
     return config.output_dir
@@ -167,20 +174,25 @@ def _prefix(player: str, playing: list[str]) -> str:
     return "" if player == playing[0] else f"{player}_"
 
 
-def _steps(
-    stage: Stage, data: DataSource, config: TrainingConfig, start: int, accelerator: Accelerator
-) -> Iterator[list[Batch]]:
-    """The pieces of every step from `start` on, on the device."""
-    world, rank = accelerator.num_processes, accelerator.process_index
-    slots = rank_slots(config.train_batch_size, world, rank)
-    pieces = config.gradient_accumulation_steps
-    share = config.train_batch_size // world
-    if share % pieces:
+def _piece_size(config: TrainingConfig, world: int) -> int:
+    """Samples in one piece of one process's share of a batch."""
+    share, rest = divmod(config.train_batch_size, world)
+    if rest or share % config.gradient_accumulation_steps:
         raise ConfigError(
-            f"train_batch_size {config.train_batch_size} over {world} processes is {share} each,"
-            f" which gradient_accumulation_steps {pieces} does not divide"
+            f"train_batch_size {config.train_batch_size} cannot be split over {world} process(es)"
+            f" and gradient_accumulation_steps {config.gradient_accumulation_steps}"
         )
-    size = share // pieces
+    return share // config.gradient_accumulation_steps
+
+
+def _steps(
+    stage: Stage, data: DataSource, size: int, start: int, accelerator: Accelerator
+) -> Iterator[list[Batch]]:
+    """The pieces of every step from `start` on, `size` samples each, on the device."""
+    config, pieces = stage.config, stage.config.gradient_accumulation_steps
+    slots = rank_slots(
+        config.train_batch_size, accelerator.num_processes, accelerator.process_index
+    )
 
     def visits() -> Iterator[list[Any]]:
         for step in range(start, config.max_train_steps):
@@ -210,8 +222,10 @@ def _validate(
     stage: Stage, source: DataSource, state: TrainingState, accelerator: Accelerator
 ) -> tuple[dict[str, float], Any]:
     """Mean figures over the validation samples, and a preview, both of the average."""
-    indices, size = [(i, 0) for i in range(len(source))], 32
-    chunks = [indices[i : i + size] for i in range(0, len(indices), size)]
+    # Equal batches: a contrastive loss depends on how many captions a picture is compared with.
+    number, count = len(source), ceil(len(source) / VALIDATION_BATCH)
+    ends = [number * i // count for i in range(count + 1)]
+    chunks = [[(i, 0) for i in range(start, end)] for start, end in pairwise(ends)]
     mine = chunks[accelerator.process_index :: accelerator.num_processes]
     loader = DataLoader(stage.dataset(source, validation=True), batch_sampler=mine)
     sums: dict[str, float] = {}

@@ -14,6 +14,7 @@ Random numbers and the order of the data are pure functions of the step, so noth
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -109,10 +110,11 @@ class TrainingState:
                 },
             )
             write_manifest(temporary)
-        if self.config.checkpoints_total_limit:
-            for old in checkpoints(self.config.output_dir)[: -self.config.checkpoints_total_limit]:
+        if limit := self.config.checkpoints_total_limit:
+            others = [other for other in checkpoints(self.config.output_dir) if other != folder]
+            for old in others[: max(len(others) + 1 - limit, 0)]:
                 # Renamed first, so that a kill here leaves no half a checkpoint.
-                shutil.rmtree(old.rename(old.with_name(f".{old.name}.0-pruned.tmp")))
+                shutil.rmtree(old.rename(old.with_name(f".{old.name}.{os.getpid()}-pruned.tmp")))
         return folder
 
     def save_model(self, folder: Path) -> None:
@@ -180,7 +182,10 @@ class TrainingState:
             )
         now, then = _plain(asdict(self.config)), stored["config"]
         # At a constant learning rate a run may be prolonged: its steps do not depend on its end.
-        free = FREE | ({"max_train_steps"} if now["lr_scheduler"] == "constant" else set())
+        endless = now["lr_scheduler"] == "constant" and (
+            then["lr_warmup_steps"] <= min(then["max_train_steps"], now["max_train_steps"])
+        )
+        free = FREE | ({"max_train_steps"} if endless else set())
         changed = [k for k in now if k not in free and now[k] != then.get(k)]
         if changed:
             shown = "; ".join(f"{k} was {then.get(k)}, is {now[k]}" for k in changed[:4])
@@ -210,15 +215,18 @@ def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
         The folder; None where `latest` finds nothing to go on from.
 
     Raises:
-        CheckpointError: the folder named is not a whole checkpoint, or `latest` finds only damage.
+        CheckpointError: the folder named is not a whole checkpoint or not the newest of its run,
+            or `latest` finds only damage.
     """
     found = checkpoints(output_dir)
     if resume != "latest":
+        if not Path(resume).is_dir():
+            raise CheckpointError(f"no checkpoint '{resume}'; give its folder, or latest")
         verify(Path(resume))
-        if Path(resume).resolve() in (later := [path.resolve() for path in found])[:-1]:
+        if found and Path(resume).resolve() != found[-1].resolve():
             raise CheckpointError(
-                f"{output_dir} holds later checkpoints than {resume}, up to {later[-1].name};"
-                " remove them, or resume from latest"
+                f"{output_dir} holds other checkpoints than {resume}, up to {found[-1].name};"
+                " resume from latest, or choose an output_dir without any"
             )
         return Path(resume)
     for folder in reversed(found):

@@ -26,7 +26,7 @@ from ldm.errors import ConfigError
 from ldm.images import image_grid
 from ldm.models.autoencoder import DiagonalGaussian
 from ldm.models.unet import UNet
-from ldm.pipeline import LatentDiffusionPipeline
+from ldm.pipeline import LatentDiffusionPipeline, check_parts
 from ldm.rng import Draws
 from ldm.training.config import UNetTraining, check_resolution
 from ldm.training.stage import Batch, Stage, load_sample
@@ -98,10 +98,10 @@ class UNetStage(Stage):
         self.prompts = list(self.config.validation_prompts) or [
             validation[i].caption for i in range(min(4, len(validation)))
         ]
-        self.caches = dict[int, LatentCache]()
+        self.caches = dict[str, LatentCache]()
         if self.config.cache_latents:
             for source in (train, validation):
-                self.caches[id(source)] = self._encode(source)
+                self.caches[source.fingerprint] = self._encode(source)
 
     def dataset(self, source: DataSource, *, validation: bool) -> UNetData:
         side = self.config.resolution // self.vae.config.downsample_factor
@@ -111,7 +111,7 @@ class UNetStage(Stage):
             (self.vae.config.latent_channels, side, side),
             self.schedule.config.num_train_timesteps,
             validation,
-            self.caches.get(id(source)),
+            self.caches.get(source.fingerprint),
         )
 
     def loss(self, player: str, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -177,22 +177,11 @@ class UNetStage(Stage):
 
     def _check(self) -> None:
         """The parts must fit each other, and the pictures the parts."""
-        unet, vae = self.unet.config, self.vae.config
-        for name in ("in_channels", "out_channels"):
-            if getattr(unet, name) != vae.latent_channels:
-                raise ConfigError(
-                    f"unet.{name} is {getattr(unet, name)} but the VAE's latents have"
-                    f" {vae.latent_channels} channels; make them equal"
-                )
-        if unet.cross_attention_dim != self.text_encoder.dim:
+        check_parts(self.unet, self.vae, self.text_encoder)
+        check_resolution(self.config.resolution, self.vae.config.downsample_factor)
+        side = self.config.resolution // self.vae.config.downsample_factor
+        if self.config.unet is not None and self.config.unet.sample_size != side:
             raise ConfigError(
-                f"unet.cross_attention_dim is {unet.cross_attention_dim} but the text encoder's"
-                f" width is {self.text_encoder.dim}; make them equal"
-            )
-        check_resolution(self.config.resolution, vae.downsample_factor)
-        side = self.config.resolution // vae.downsample_factor
-        if self.config.unet is not None and unet.sample_size != side:
-            raise ConfigError(
-                f"unet.sample_size is {unet.sample_size} but the latents of"
+                f"unet.sample_size is {self.config.unet.sample_size} but the latents of"
                 f" {self.config.resolution} pixels have side {side}; make them equal"
             )

@@ -1,10 +1,15 @@
 """The clip stage against transformers' CLIPModel and open_clip's tokenizer."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate import Accelerator
 from train_helpers import CLIP, first_batch, metrics, prepared, run, weights
 
 from ldm.config import ClipConfig
+from ldm.data.sources import Subset
 from ldm.models.text_encoder import TextEncoder
 from ldm.training.clip import MEAN, STD, clip_tokenizer
 
@@ -143,3 +148,26 @@ def test_bf16_keeps_float32_weights(options, tmp_path):
     exact = metrics(run("clip", **options, output_dir=tmp_path / "exact"))
     losses = [[row["loss"] for row in log if "loss" in row] for log in (metrics(output), exact)]
     assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
+
+
+def test_a_finished_checkpoint_elsewhere_is_published(trained, options, tmp_path):
+    """Nothing is left to train, and the model is in the output folder all the same."""
+    checkpoint = trained / "checkpoint-4"
+    output = run("clip", **options, output_dir=tmp_path, resume_from_checkpoint=str(checkpoint))
+    for part in ("clip", "text_encoder"):
+        file = f"{part}/model.safetensors"
+        assert (output / file).read_bytes() == (trained / file).read_bytes()
+
+
+def test_validation_batches_are_equal(options, monkeypatch):
+    """One caption left over would always be the right one."""
+    from ldm.training import loop
+
+    sizes = []
+    monkeypatch.setattr(loop, "VALIDATION_BATCH", 4)
+    stage, _, validation = prepared("clip", **options)
+    validate = stage.validate
+    monkeypatch.setattr(stage, "validate", lambda b: sizes.append(len(b["caption"])) or validate(b))
+    state = SimpleNamespace(averaged=nullcontext)
+    loop._validate(stage, Subset(validation, range(5)), state, Accelerator(cpu=True))
+    assert sizes == [2, 3]

@@ -122,6 +122,18 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "model"]
 
 
+def test_another_process_may_be_writing(tmp_path):
+    """Its temporary folder is left alone as long as it lives."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        folder = tmp_path / f".model.{other.pid}-0123abcd.tmp"
+        folder.mkdir()
+        recover(tmp_path)
+        assert folder.exists()
+        other.communicate(b"\n")
+    recover(tmp_path)
+    assert not folder.exists()
+
+
 def test_manifest_names_what_changed(tmp_path):
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "weights").write_bytes(b"1234")

@@ -28,7 +28,9 @@ def test_questions_are_spread_evenly_and_say_what_they_ask():
     assert set(Counter(q.color for q in colors).values()) == {100 // len(COLORS)}
     counts = count_questions(100)
     assert Counter(q.count for q in counts) == {1: 34, 2: 33, 3: 33}
-    assert len({q.prompt for q in counts}) >= 60
+    assert len({q.prompt for q in counts}) == 100
+    asked = Counter((parse(q.prompt)["color"], q.count) for q in counts)
+    assert asked.keys() == {(color, count) for color in COLORS for count in (1, 2, 3)}
     held_out = held_out_questions(100)
     asked = Counter((q.color, q.kind) for q in held_out)
     assert asked.keys() == set(HELD_OUT) and max(asked.values()) - min(asked.values()) <= 1

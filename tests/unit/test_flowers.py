@@ -92,8 +92,9 @@ def test_prompt_words() -> None:
     assert prompt("orange", "lily", background="night") == "an orange lily at night"
     assert prompt("red", "daisy", 2) == "two red daisies"
     assert prompt("blue", None, 3, "meadow", small=True) == "three small blue flowers in a meadow"
-    with pytest.raises(DataError, match="no caption"):
-        parse("a photo of my dog")
+    for caption in ("a photo of my dog", "a red rose on mars", "a mauve rose", "a red dog"):
+        with pytest.raises(DataError, match="no caption"):
+            parse(caption)
 
 
 def _changed(what, **fields) -> tuple[np.ndarray, np.ndarray]:

@@ -249,6 +249,18 @@ def test_a_schedule_of_other_tools_is_read_as_diffusers_pipeline_does(tmp_path):
     assert load_schedule(tmp_path).config.timestep_spacing == "karras"
 
 
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"]
+)
+def test_what_a_schedulers_file_leaves_out_is_its_classs_own(tmp_path, name):
+    file = tmp_path / "scheduler_config.json"
+    file.write_text(json.dumps({"_class_name": name, "num_train_timesteps": 1000}))
+    ours, theirs = load_schedule(tmp_path).config, getattr(diffusers, name)().config
+    for key in ("beta_schedule", "beta_start", "beta_end", "timestep_spacing", "prediction_type"):
+        assert getattr(ours, key) == theirs[key], key
+    assert ours.set_alpha_to_one == theirs.get("set_alpha_to_one", False)
+
+
 def test_index_keeps_defaults(tmp_path):
     save_index(tmp_path, {"guidance_scale": 3.0})
     assert load_defaults(tmp_path) == {"guidance_scale": 3.0}

@@ -27,7 +27,8 @@ def test_folders_and_bundled_names(bundled, tmp_path, monkeypatch):
     assert locate_model("flowers") == bundled / "flowers"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "flowers").mkdir()
-    assert locate_model("flowers").resolve() == tmp_path / "flowers"  # a folder goes first
+    assert locate_model("flowers") == bundled / "flowers"  # what a name means is not up to the cwd
+    assert locate_model("./flowers").resolve() == tmp_path / "flowers"
     assert locate_model(tmp_path / "bundled" / "flowers") == bundled / "flowers"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert locate_model("~/flowers") == tmp_path / "flowers"

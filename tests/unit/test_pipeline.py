@@ -1,6 +1,7 @@
 """A picture is a function of (model, prompt, seed, settings) and of nothing else."""
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import ConfigError
+from ldm.models.unet import UNet
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.rng import image_noise
 
@@ -157,6 +159,17 @@ def test_a_callback_replaces_latents(tiny_pipeline, sampler):
     copied, _ = draw(tiny_pipeline, callback_on_step_end=copy, **options)
     plain, _ = draw(tiny_pipeline, **options)
     torch.testing.assert_close(copied, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_callback_may_replace_latents_as_it_stops(tiny_pipeline):
+    other = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def stop(pipe, step, timestep, state):
+        pipe._interrupt = step == 1
+        return {"latents": other}
+
+    images, _ = draw(tiny_pipeline, seed=1, output_type="latent", callback_on_step_end=stop)
+    torch.testing.assert_close(images, other)
 
 
 def test_a_callback_stops_the_batches_after_it(tiny_pipeline):
@@ -341,6 +354,31 @@ def test_options_reach_their_sampler(tiny_pipeline):
     assert not torch.allclose(small[0], large[0])
     euler = [draw(tiny_pipeline, seed=1, sampler="euler", eta=e)[1] for e in (0.0, 1.0)]
     torch.testing.assert_close(euler[0], euler[1], rtol=0, atol=0)
+
+
+def test_settings_say_what_is_not_as_usual(tiny_pipeline):
+    def said(**options):
+        usual = {"num_inference_steps": STEPS, "seed": 1}
+        return tiny_pipeline("a", **usual | options).settings
+
+    plain = said()
+    assert said(sampler="euler", eta=1.0).keys() == plain.keys()  # euler knows no eta
+    assert said(eta=0.5) == plain | {"eta": 0.5}
+    assert said(guidance_rescale=0.7) == plain | {"guidance_rescale": 0.7}
+    large = said(sampler="ddpm", variance="fixed_large")
+    assert large["variance"] == "fixed_large" and "variance" not in said(sampler="ddpm")
+
+
+def test_parts_that_do_not_fit_are_refused(tiny_pipeline):
+    """Such as the nine channels of an inpainting model, before anything is drawn."""
+    parts = tiny_pipeline.components
+    for change, words in (
+        ({"in_channels": 9}, "unet.in_channels is 9 but the VAE's latents have 4 channels"),
+        ({"cross_attention_dim": 20}, "unet.cross_attention_dim is 20 but"),
+    ):
+        unet = UNet(replace(tiny_pipeline.unet.config, **change))
+        with pytest.raises(ConfigError, match=words):
+            LatentDiffusionPipeline(**parts | {"unet": unet})
 
 
 def test_to_takes_what_a_module_takes(tiny_pipeline, tiny_model_folder):

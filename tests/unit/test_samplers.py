@@ -107,7 +107,7 @@ def test_callback_sees_replaces_and_stops(name):
 
     def stop(i, sigma, x, x0):
         if i == 1:
-            raise StopSampling
+            raise StopSampling(x)
 
     def replace(i, sigma, x, x0):
         return torch.zeros_like(x) if i == 2 else None

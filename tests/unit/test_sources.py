@@ -342,6 +342,49 @@ def test_split_is_by_key() -> None:
         split_source(_Names(["a"]), 0.01)
 
 
+def test_hidden_folders_are_nobodys_pictures(tmp_path: Path) -> None:
+    """`hf download` leaves .cache, Jupyter .ipynb_checkpoints, macOS __MACOSX."""
+    for split in ("train", "test"):
+        for folder in ("", ".ipynb_checkpoints/", "__MACOSX/"):
+            path = tmp_path / split / f"{folder}{split}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(_png(0))
+        (tmp_path / split / f"{split}.txt").write_text("a flower")
+    (tmp_path / ".cache").mkdir()
+    assert [s.key for s in open_source(tmp_path)] == ["train.png"]
+
+
+def test_a_folder_called_flowers(tmp_path: Path, monkeypatch, caplog) -> None:
+    (tmp_path / "flowers").mkdir()
+    (tmp_path / "flowers" / "a.png").write_bytes(_png(0))
+    (tmp_path / "flowers" / "a.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    assert open_source("./flowers")[0].caption == "mine"
+    assert not caplog.records
+    assert len(open_source("flowers")) > 1000
+    assert "write ./flowers for the folder" in caplog.text
+
+
+def test_a_tar_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "photos [2024]"
+    folder.mkdir()
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for name, data in (("a.png", _png(0)), ("a.txt", b"a flower")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    assert [s.caption for s in open_source(folder / "0.tar")] == ["a flower"]
+
+
+def test_a_picture_that_has_gone_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(_png(0))
+    (tmp_path / "a.txt").write_text("a flower")
+    source = open_source(tmp_path)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(DataError, match="a.png: cannot be read"):
+        source[0]
+
+
 def test_subset() -> None:
     source = open_source("flowers")
     part = Subset(source, [4, 2])

@@ -160,9 +160,47 @@ def test_an_older_checkpoint_is_refused_while_later_ones_stand_beside_it(tmp_pat
         step(state)
         state.save()
     older, newer = tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"
-    with pytest.raises(CheckpointError, match="later checkpoints than .*, up to checkpoint-2"):
+    with pytest.raises(CheckpointError, match="other checkpoints than .*, up to checkpoint-2"):
         find_checkpoint(str(older), tmp_path)
     assert find_checkpoint(str(newer), tmp_path) == newer
+
+
+def test_another_runs_checkpoint_goes_on_in_an_empty_folder_only(tmp_path):
+    """Among later ones of an old run, each new checkpoint would be the first to be pruned."""
+    old, other = make(tmp_path / "old"), make(tmp_path / "other")
+    step(old)
+    folder = old.save()
+    for _ in range(3):
+        step(other)
+    other.save()
+    assert find_checkpoint(str(folder), tmp_path / "empty") == folder
+    with pytest.raises(CheckpointError, match="holds other checkpoints than .*checkpoint-1, up to"):
+        find_checkpoint(str(folder), tmp_path / "other")
+    with pytest.raises(CheckpointError, match="no checkpoint 'lates'; give its folder, or latest"):
+        find_checkpoint("lates", tmp_path / "other")
+
+
+def test_pruning_never_takes_the_new_checkpoint(tmp_path):
+    """A damaged later one that was passed over goes first."""
+    state = make(tmp_path, checkpoints_total_limit=1)
+    (tmp_path / "checkpoint-9").mkdir()
+    step(state)
+    assert state.save() == tmp_path / "checkpoint-1"
+    assert checkpoints(tmp_path) == [tmp_path / "checkpoint-1"]
+
+
+def test_a_run_is_prolonged_only_if_its_steps_stay_what_they_were(tmp_path):
+    """A warm-up that the first end cut short would have been another one."""
+    for warmup, allowed in ((100, True), (500, False)):
+        state = make(tmp_path / str(warmup), max_train_steps=100, lr_warmup_steps=warmup)
+        step(state)
+        folder = state.save()
+        state.config = replace(state.config, max_train_steps=1000)
+        if allowed:
+            state.load(folder)
+        else:
+            with pytest.raises(CheckpointError, match="max_train_steps was 100, is 1000"):
+                state.load(folder)
 
 
 def test_publish_copies_the_model_only(tmp_path):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.config import AutoencoderConfig, ClipConfig
+from ldm.config import AutoencoderConfig, ClipConfig, ScheduleConfig
 from ldm.errors import ConfigError
 from ldm.training.config import (
     STAGES,
@@ -53,6 +53,10 @@ from ldm.training.config import (
             "cannot be accumulated",
         ),
         (lambda: UNetTraining(proportion_empty_prompts=1.1), "proportion_empty_prompts is 1.1"),
+        (
+            lambda: UNetTraining(schedule=ScheduleConfig(prediction_type="v_prediction")),
+            "schedule belongs to a U-Net trained from scratch",
+        ),
         (lambda: UNetTraining(cache_latents=True, random_flip=True), "one view of a picture"),
         (lambda: UNetTraining(cache_latents=True, center_crop=False), "one view of a picture"),
         (lambda: check_resolution(60, 8), "resolution 60 is not a multiple of 8"),
