@@ -41,6 +41,8 @@ class TrainingConfig:
         lr_scheduler: what the learning rate does after warm-up; zero is where it would be after
             the last step.
         lr_warmup_steps: optimizer steps of linear warm-up.
+        lr_decay_steps: at a `constant` rate, go down to zero along a line over the last so many
+            steps; until they begin, the run may be resumed with more steps than it was begun with.
         adam_beta1: decay of AdamW's first moment.
         adam_beta2: decay of AdamW's second moment.
         adam_weight_decay: decoupled weight decay.
@@ -77,6 +79,7 @@ class TrainingConfig:
     learning_rate: float = 1e-4
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = 500
+    lr_decay_steps: int = 0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_weight_decay: float = 1e-2
@@ -107,9 +110,15 @@ class TrainingConfig:
         for name in ("checkpoints_total_limit", "max_train_samples"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ConfigError(f"{name} is {number}; it must be positive, or left out for all")
-        for name in ("dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay"):
+        for name in (
+            "dataloader_num_workers", "lr_warmup_steps", "lr_decay_steps", "adam_weight_decay",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.lr_decay_steps and self.lr_scheduler != "constant":
+            raise ConfigError(
+                f"lr_decay_steps goes with lr_scheduler constant; {self.lr_scheduler} decays anyway"
+            )
         for name in ("validation_split", "ema_decay", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
@@ -275,7 +284,8 @@ STAGES: dict[str, type[TrainingConfig]] = {
 def learning_rate_at(config: TrainingConfig, step: int, base: float | None = None) -> float:
     """The learning rate of optimizer step `step` (0 the first): a pure function, nothing to save.
 
-    Linear warm-up, then constant, or down to zero along a line or half a cosine.
+    Linear warm-up, then constant up to the last `lr_decay_steps`, or down to zero along a line or
+    half a cosine.
     """
     from math import cos, pi
 
@@ -284,5 +294,6 @@ def learning_rate_at(config: TrainingConfig, step: int, base: float | None = Non
     if step < warmup:
         return base * (step + 1) / warmup
     done = (step - warmup) / max(config.max_train_steps - warmup, 1)
-    decay = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + cos(pi * done))}
+    constant = min(1.0, (config.max_train_steps - step) / max(config.lr_decay_steps, 1))
+    decay = {"constant": constant, "linear": 1 - done, "cosine": 0.5 * (1 + cos(pi * done))}
     return base * decay[config.lr_scheduler]

@@ -19,7 +19,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from ldm.checkpoint.io import (
     write_tensors,
 )
 from ldm.errors import CheckpointError
-from ldm.training.config import TrainingConfig
+from ldm.training.config import TrainingConfig, learning_rate_at
 from ldm.training.ema import EMA
 from ldm.training.stage import Stage
 
@@ -50,6 +50,7 @@ FREE = {
     "gradient_accumulation_steps", "gradient_checkpointing", "guidance_scale",
     "num_inference_steps",
 }  # fmt: skip
+LEARNING_RATE = {"lr_scheduler", "lr_warmup_steps", "lr_decay_steps", "max_train_steps"}
 
 
 class TrainingState:
@@ -181,11 +182,13 @@ class TrainingState:
                 " restore the data, or start anew in another output_dir"
             )
         now, then = _plain(asdict(self.config)), stored["config"]
-        # At a constant learning rate a run may be prolonged: its steps do not depend on its end.
-        endless = now["lr_scheduler"] == "constant" and (
-            then["lr_warmup_steps"] <= min(then["max_train_steps"], now["max_train_steps"])
+        # A run may be prolonged if the steps that are done would have been the same.
+        before = replace(self.config, **{k: then[k] for k in LEARNING_RATE if k in then})
+        same = all(
+            learning_rate_at(before, step, 1.0) == learning_rate_at(self.config, step, 1.0)
+            for step in range(stored["step"])
         )
-        free = FREE | ({"max_train_steps"} if endless else set())
+        free = FREE | (LEARNING_RATE if same else set())
         changed = [k for k in now if k not in free and now[k] != then.get(k)]
         if changed:
             shown = "; ".join(f"{k} was {then.get(k)}, is {now[k]}" for k in changed[:4])

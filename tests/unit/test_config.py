@@ -109,6 +109,8 @@ WRONG = [
     (ClipConfig, {"vocab_size": 50000}, "vocab_size is 50000"),
     (VaeTraining, {"resolution": 60}, "resolution 60 is not a multiple of 8"),
     (VaeTraining, {"learning_rate": 0.0}, "learning_rate is 0.0; it must be positive"),
+    (VaeTraining, {"lr_decay_steps": -1}, "lr_decay_steps is -1; it must be 0 or more"),
+    (VaeTraining, {"lr_decay_steps": 9, "lr_scheduler": "cosine"}, "cosine decays anyway"),
     (VaeTraining, {"validation_split": 1.0}, "validation_split is 1.0"),
     (
         VaeTraining,
@@ -177,6 +179,9 @@ def test_learning_rate_closed_form():
         assert warm == pytest.approx([0.025, 0.05, 0.075, 0.1])
         assert [learning_rate_at(config, step) for step in (4, 9, 13)] == pytest.approx(expected)
         assert learning_rate_at(config, 0, base=1.0) == pytest.approx(0.25)
+    config = VaeTraining(lr_decay_steps=4, **options)
+    rates = [learning_rate_at(config, step) for step in range(4, 14)]
+    assert rates == pytest.approx([0.1] * 7 + [0.075, 0.05, 0.025])
 
 
 def test_no_torch():

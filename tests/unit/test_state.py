@@ -203,6 +203,21 @@ def test_a_run_is_prolonged_only_if_its_steps_stay_what_they_were(tmp_path):
                 state.load(folder)
 
 
+def test_a_run_may_be_prolonged_until_its_rate_decays(tmp_path):
+    state = make(tmp_path, max_train_steps=6, lr_warmup_steps=1, lr_decay_steps=3)
+    folders = []
+    for _ in range(5):
+        step(state)
+        folders.append(state.save())
+    state.config = replace(state.config, max_train_steps=9, lr_decay_steps=2)
+    state.load(folders[3])  # steps 0 to 3 had the full rate
+    with pytest.raises(CheckpointError, match="max_train_steps was 6, is 9; lr_decay_steps was 3"):
+        state.load(folders[4])
+    state.config = replace(state.config, lr_scheduler="cosine", lr_decay_steps=0)
+    with pytest.raises(CheckpointError, match="lr_scheduler was constant, is cosine"):
+        state.load(folders[3])
+
+
 def test_publish_copies_the_model_only(tmp_path):
     state = make(tmp_path)
     step(state)
