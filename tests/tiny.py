@@ -46,11 +46,14 @@ def randomize(module: nn.Module) -> None:
 
 def make_pipeline(schedule: ScheduleConfig | None = None) -> LatentDiffusionPipeline:
     """A model of the same random weights every time, its progress bar off."""
+    from transformers import CLIPModel
+
     from ldm.training.clip import build_clip, clip_tokenizer
 
+    clip_config = build_clip(CLIP).config
     state = torch.get_rng_state()
     torch.manual_seed(0)
-    unet, vae, clip = UNet(UNET), AutoencoderKL(VAE), build_clip(CLIP)
+    unet, vae, clip = UNet(UNET), AutoencoderKL(VAE), CLIPModel(clip_config)
     for module in (unet, vae, clip):
         randomize(module)
     torch.set_rng_state(state)
