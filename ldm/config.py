@@ -13,8 +13,13 @@ from ldm.errors import ConfigError, suggest
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "cosine_signal_rates"]
-Spacing = Literal["leading", "trailing", "linspace", "karras"]
-SamplerName = Literal["ddpm", "ddim", "euler", "euler_a", "heun", "dpmpp_2m"]
+Spacing = Literal["leading", "trailing", "linspace", "karras", "exponential", "beta"]
+TIMESTEP_SPACINGS: tuple[Spacing, ...] = ("leading", "trailing", "linspace")
+"""The spacings that choose timesteps; the others choose sigmas."""
+SamplerName = Literal[
+    "ddpm", "ddim", "plms", "euler", "euler_a", "heun", "lms", "dpm2", "dpmpp_2s_a", "dpmpp_sde",
+    "dpmpp_2m", "dpmpp_2m_sde", "unipc",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ def sigma_grid(
 
     `leading`, `trailing` and `linspace` are those of Lin et al. 2024, table 2, with diffusers'
     rounding: multiples of T // steps (plus the schedule's `steps_offset`, which gives way where
-    it would lead out of the table), steps back from T - 1, and T - 1 to 0 evenly. `karras` goes
-    from the table's largest sigma to its smallest.
+    it would lead out of the table), steps back from T - 1, and T - 1 to 0 evenly. The others go
+    from the table's largest sigma to its smallest: evenly in sigma^(1/7) (`karras`) or in
+    log sigma (`exponential`), or as the quantiles of Beta(0.6, 0.6) (`beta`), densest at both ends.
 
     Args:
         schedule: the forward process.
@@ -46,7 +47,8 @@ def sigma_grid(
     Raises:
         ConfigError: a spacing, number of steps or strength that gives no grid.
 
-    Source: Lin et al. 2024, table 2; Karras et al. 2022, eq. 5 with rho = 7.
+    Source: Lin et al. 2024, table 2; Karras et al. 2022, eq. 5 with rho = 7; Lee et al. 2024, "Beta
+    sampling is all you need" (for timesteps; for sigmas as in diffusers and the web UIs).
     """
     spacing = spacing or schedule.config.timestep_spacing
     if not 0 < strength <= 1:
@@ -59,18 +61,43 @@ def sigma_grid(
             f"sampling: strength {strength} of {steps} steps leaves none; raise one of them"
         )
 
-    if spacing == "karras":
-        high, low = schedule.sigmas[-1].item() ** (1 / 7), schedule.sigmas[0].item() ** (1 / 7)
-        sigmas = torch.linspace(high, low, steps, dtype=torch.float64) ** 7
-    else:
-        timesteps = _timesteps(schedule, steps, spacing, spare_timestep)
-        if whole_timesteps:
-            timesteps = timesteps.round()
-        # Linear between whole timesteps, as in diffusers; `t_to_sigma` is linear in log sigma.
-        table = schedule.sigmas.numpy()
-        sigmas = torch.from_numpy(np.interp(timesteps, np.arange(len(table)), table))
-    last = torch.zeros(1, dtype=torch.float64) if final == "zero" else schedule.sigmas[:1]
-    return torch.cat([sigmas, last])[steps - kept :]
+    high, low = schedule.sigmas[-1].item(), schedule.sigmas[0].item()
+    match spacing:
+        case "karras":
+            sigmas = np.linspace(high ** (1 / 7), low ** (1 / 7), steps) ** 7
+        case "exponential":
+            sigmas = np.exp(np.linspace(np.log(high), np.log(low), steps))
+        case "beta":
+            sigmas = low + (high - low) * _beta_quantiles(np.linspace(1, 0, steps))
+        case _:
+            timesteps = _timesteps(schedule, steps, spacing, spare_timestep)
+            if whole_timesteps:
+                timesteps = timesteps.round()
+            # Linear between whole timesteps, as in diffusers; `t_to_sigma` is linear in log sigma.
+            sigmas = np.interp(timesteps, np.arange(len(schedule.sigmas)), schedule.sigmas.numpy())
+    last = 0.0 if final == "zero" else low
+    return torch.from_numpy(np.append(sigmas, last))[steps - kept :]
+
+
+def _beta_quantiles(p: np.ndarray, a: float = 0.6) -> np.ndarray:
+    """The quantiles of Beta(a, a) at probabilities p, by bisection of its distribution function.
+
+    B(x; a, a) = x^a sum_n (1 - a)_n / n! x^n / (a + n), which halves a term with every n up to
+    x = 1/2; the other half is its mirror image.
+    """
+    n = np.arange(60)
+    terms = np.cumprod(np.append(1, (n[1:] - a) / n[1:])) / (a + n)
+
+    def incomplete(x: np.ndarray) -> np.ndarray:
+        return x**a * (terms * x[..., None] ** n).sum(-1)
+
+    goal = 2 * np.minimum(p, 1 - p) * incomplete(np.array(0.5))
+    low, high = np.zeros_like(goal), np.full_like(goal, 0.5)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = incomplete(middle) < goal
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return np.where(p < 0.5, high, 1 - high)
 
 
 def _timesteps(schedule: NoiseSchedule, steps: int, spacing: Spacing, spare: bool) -> np.ndarray:

@@ -9,6 +9,11 @@ arithmetic of the steps; tests/unit/test_schedule.py compares the tables, and
 `test_diffusers_as_it_comes` runs untouched schedulers.
 """
 
+import sys
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
 import diffusers
 import numpy as np
 import pytest
@@ -50,7 +55,7 @@ def ours(name, config, steps, spacing, *, options=None, net=network, dtype=torch
     """Latents after every step in sigma space, and the grid."""
     schedule, spec = NoiseSchedule(config), get_sampler(name)
     sigmas = spec.grid(schedule, steps, spacing)
-    start, *fresh = noises(steps + 1, dtype)
+    start, *fresh = noises(2 * steps + 1, dtype)
     draws, trajectory = iter(fresh), []
     x = spec.initial_latents(start, sigmas[0].item(), spacing)
     denoiser = Denoiser(net, schedule)
@@ -87,8 +92,10 @@ def theirs(monkeypatch, scheduler, steps, net=network, dtype=torch.float32, **st
         output = net(scheduler.scale_model_input(x, t), t)
         x = scheduler.step(output, t, x, return_dict=False, **step_options)[0]
         trajectory.append(x)
-    if scheduler.order == 2:  # Heun's odd entries are corrected; its last step is Euler's
+    if scheduler.order == 2:  # odd entries are whole steps, and so is the last, which is Euler's
         trajectory = [*trajectory[1::2], trajectory[-1]]
+    elif len(trajectory) > steps:  # PNDM takes its first step twice, the second time to keep
+        trajectory = trajectory[1:]
     return trajectory
 
 
@@ -171,11 +178,55 @@ def test_ddim_clipped(monkeypatch):
     assert_same(at_vp(mine, sigmas), expected)
 
 
+# diffusers extends the network's output itself, so for a v-model v: a mix of noise levels. CompVis
+# extends epsilon, and so do we; the reference gets the epsilon that v means. No prk steps, as in
+# Stable Diffusion's folders. Spacings as for DDIM.
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("to_one", [False, True])
+@pytest.mark.parametrize(
+    ("spacing", "steps"), [g for g in GRIDS if g[0] != "linspace" and g != ("trailing", 7)]
+)
+def test_plms(monkeypatch, spacing, steps, to_one, prediction):
+    reference = diffusers.PNDMScheduler(
+        **BETAS,
+        skip_prk_steps=True,
+        set_alpha_to_one=to_one,
+        timestep_spacing=spacing,
+        steps_offset=1,
+    )
+    config = ScheduleConfig(prediction_type=prediction, set_alpha_to_one=to_one)
+    exact_tables(reference, config)
+
+    def epsilon(x, t):
+        abar = reference.alphas_cumprod[t]
+        return abar.sqrt() * network(x, t) + (1 - abar).sqrt() * x
+
+    net = epsilon if prediction == "v_prediction" else network
+    mine, sigmas = ours("plms", config, steps, spacing)
+    assert_same(at_vp(mine, sigmas), theirs(monkeypatch, reference, steps, net=net))
+
+
 K_DIFFUSION = {
     "euler": diffusers.EulerDiscreteScheduler,
     "euler_a": diffusers.EulerAncestralDiscreteScheduler,  # cannot predict x0 in diffusers
     "heun": diffusers.HeunDiscreteScheduler,
+    "lms": diffusers.LMSDiscreteScheduler,
+    "dpm2": diffusers.KDPM2DiscreteScheduler,  # likewise
 }
+
+
+@cache
+def made(scheduler):
+    return scheduler(**BETAS)  # a quarter of a second for some
+
+
+def k_diffusion(scheduler, **options):
+    """A scheduler as if made with these options, none of which its tables depend on."""
+    defaults = {"prediction_type": "epsilon", "steps_offset": 0}
+    for spacing in ("karras", "exponential", "beta"):
+        defaults[f"use_{spacing}_sigmas"] = False
+    made(scheduler).register_to_config(**defaults | options)
+    return made(scheduler)
 
 
 @pytest.mark.parametrize(
@@ -184,13 +235,13 @@ K_DIFFUSION = {
         (name, prediction)
         for name in K_DIFFUSION
         for prediction in ("epsilon", "v_prediction", "sample")
-        if (name, prediction) != ("euler_a", "sample")
+        if (name, prediction) not in (("euler_a", "sample"), ("dpm2", "sample"))
     ],
 )
 @pytest.mark.parametrize(("spacing", "steps"), GRIDS)
 def test_k_diffusion_family(monkeypatch, name, spacing, steps, prediction):
-    reference = K_DIFFUSION[name](
-        **BETAS, prediction_type=prediction, timestep_spacing=spacing, steps_offset=1
+    reference = k_diffusion(
+        K_DIFFUSION[name], prediction_type=prediction, timestep_spacing=spacing, steps_offset=1
     )
     config = ScheduleConfig(prediction_type=prediction)
     # Heun divides by the small sigmas, which float32 latents of size sigma_max do not bear.
@@ -200,80 +251,140 @@ def test_k_diffusion_family(monkeypatch, name, spacing, steps, prediction):
     assert_same(mine, theirs(monkeypatch, reference, steps, dtype=dtype))
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize(("spacing", "steps"), [*GRIDS, ("linspace", 1)])
-def test_dpmpp_2m(monkeypatch, spacing, steps, prediction):
-    reference = diffusers.DPMSolverMultistepScheduler(
-        **BETAS,
-        algorithm_type="dpmsolver++",
-        solver_order=2,
-        solver_type="midpoint",
-        lower_order_final=True,
-        final_sigmas_type="zero",
-        prediction_type=prediction,
-        timestep_spacing=spacing,
-        steps_offset=1,
+@pytest.fixture
+def sde_scheduler(monkeypatch):
+    """diffusers' DPMSolverSDEScheduler, fed with our noise instead of a tree of torchsde's.
+
+    The tree is a Brownian motion in sigma. A step asks it for its first half, then for the whole.
+    """
+    monkeypatch.setitem(sys.modules, "torchsde", ModuleType("torchsde"))
+    module = import_module("diffusers.schedulers.scheduling_dpmsolver_sde")
+
+    class Tree:
+        def __init__(self, x, sigma_min, sigma_max, seed):
+            self.draws, self.halves = iter(noises(101, x.dtype)[1:]), []
+
+        def __call__(self, sigma, sigma_next):
+            if not self.halves:
+                self.halves = [next(self.draws), next(self.draws)]
+                self.middle = sigma_next
+                return self.halves[0]
+            first, second = self.halves
+            self.halves = []
+            way = (sigma - self.middle).sqrt() * first + (self.middle - sigma_next).sqrt() * second
+            return way / (sigma - sigma_next).sqrt()
+
+    monkeypatch.setattr(module, "BrownianTreeNoiseSampler", Tree)
+    return module.DPMSolverSDEScheduler
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(("spacing", "steps"), GRIDS)
+def test_dpmpp_sde(monkeypatch, sde_scheduler, spacing, steps, prediction):
+    reference = k_diffusion(
+        sde_scheduler, prediction_type=prediction, timestep_spacing=spacing, steps_offset=1
     )
     config = ScheduleConfig(prediction_type=prediction)
-    mine, sigmas = ours("dpmpp_2m", config, steps, spacing)
+    exact_tables(reference, config)
+    mine, _ = ours("dpmpp_sde", config, steps, spacing)
+    assert_same(mine, theirs(monkeypatch, reference, steps))
+
+
+DPM_SOLVERS = {
+    "dpmpp_2m": (
+        diffusers.DPMSolverMultistepScheduler,
+        {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"},
+    ),
+    "dpmpp_2m_sde": (
+        diffusers.DPMSolverMultistepScheduler,
+        {"algorithm_type": "sde-dpmsolver++", "solver_type": "midpoint"},
+    ),
+    "unipc": (diffusers.UniPCMultistepScheduler, {"solver_type": "bh2", "predict_x0": True}),
+}
+
+
+def dpm_solver(name, **options):
+    scheduler, own = DPM_SOLVERS[name]
+    return scheduler(
+        **BETAS,
+        **own,
+        solver_order=2,
+        lower_order_final=True,
+        final_sigmas_type="zero",
+        steps_offset=1,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("name", DPM_SOLVERS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(("spacing", "steps"), [*GRIDS, ("linspace", 1)])
+def test_dpm_solvers(monkeypatch, name, spacing, steps, prediction):
+    reference = dpm_solver(name, prediction_type=prediction, timestep_spacing=spacing)
+    config = ScheduleConfig(prediction_type=prediction)
+    mine, sigmas = ours(name, config, steps, spacing)
     exact_tables(reference, config)
     assert_same(at_vp(mine, sigmas), theirs(monkeypatch, reference, steps))
 
 
-# diffusers starts these at noise * sigma_max, as its linspace does; we always start karras at unit
-# variance, so the first latents are put on the same scale here.
-@pytest.mark.parametrize("steps", [2, 7, 20, 50])
-@pytest.mark.parametrize(
-    ("name", "scheduler"),
-    [("euler", diffusers.EulerDiscreteScheduler), ("heun", diffusers.HeunDiscreteScheduler)],
-)
-def test_karras(monkeypatch, name, scheduler, steps):
-    reference = scheduler(**BETAS, use_karras_sigmas=True, timestep_spacing="linspace")
-    unit_start = property(lambda self: (self.sigmas.max() ** 2 + 1) ** 0.5)
-    monkeypatch.setattr(scheduler, "init_noise_sigma", unit_start)
-    dtype = torch.float64 if name == "heun" else torch.float32
-    exact_tables(reference, ScheduleConfig())
-    mine, _ = ours(name, ScheduleConfig(), steps, "karras", dtype=dtype)
-    assert_same(mine, theirs(monkeypatch, reference, steps, dtype=dtype))
+# diffusers starts its k-diffusion schedulers at noise * sigma_max there, as its linspace does; we
+# always start at unit variance, so the first latents are put on that scale here. Some of its
+# schedulers round or truncate the timesteps of these sigmas, where we show the network the exact
+# ones: their network here looks at none. (For karras on DPM-Solvers it rounds for itself, below.)
+@pytest.mark.parametrize("steps", [2, 7, 50])
+@pytest.mark.parametrize("spacing", ["karras", "exponential", "beta"])
+@pytest.mark.parametrize("name", ["euler", "heun", "lms", "dpm2", "dpmpp_sde", *DPM_SOLVERS])
+def test_grids_of_sigmas(monkeypatch, sde_scheduler, name, spacing, steps):
+    def timeless(x, t, context=None):
+        return network(x, 500)
+
+    option = {f"use_{spacing}_sigmas": True}
+    config, dtype = ScheduleConfig(), torch.float32
+    if name in DPM_SOLVERS:
+        reference = dpm_solver(name, **option)
+    else:
+        scheduler = {**K_DIFFUSION, "dpmpp_sde": sde_scheduler}[name]
+        reference = k_diffusion(scheduler, **option, timestep_spacing="linspace")
+        unit_start = property(lambda self: (self.sigmas.max() ** 2 + 1) ** 0.5)
+        monkeypatch.setattr(scheduler, "init_noise_sigma", unit_start)
+        dtype = torch.float64
+    net = network if name in ("euler", "heun", "lms") else timeless
+    exact_tables(reference, config)
+    mine, sigmas = ours(name, config, steps, spacing, dtype=dtype, net=net)
+    mine = at_vp(mine, sigmas) if name in DPM_SOLVERS else mine
+    assert_same(mine, theirs(monkeypatch, reference, steps, dtype=dtype, net=net))
 
 
-# diffusers' DPM-Solver shows the network karras timesteps rounded to whole ones, and we the exact
-# ones; the network here rounds for itself. (One step would go straight to sigma 0.)
 @pytest.mark.parametrize("steps", [1, 2, 7, 20, 50])
-def test_dpmpp_2m_karras(monkeypatch, steps):
+@pytest.mark.parametrize("name", DPM_SOLVERS)
+def test_karras_of_dpm_solvers(monkeypatch, name, steps):
     def rounding(x, t, context=None):
         return network(x, torch.as_tensor(t, dtype=torch.float32).round())
 
-    reference = diffusers.DPMSolverMultistepScheduler(
-        **BETAS, use_karras_sigmas=True, lower_order_final=True, final_sigmas_type="zero"
-    )
+    reference = dpm_solver(name, use_karras_sigmas=True)
     config = ScheduleConfig()
-    mine, sigmas = ours("dpmpp_2m", config, steps, "karras", net=rounding)
+    mine, sigmas = ours(name, config, steps, "karras", net=rounding)
     exact_tables(reference, config)
     assert_same(at_vp(mine, sigmas), theirs(monkeypatch, reference, steps, net=rounding))
 
 
 # x + d (sigma_next - sigma) from sigma 4096 cancels the more of float32's digits the nearer
-# sigma_next is to 0: hence the tolerance, and not fewer steps.
+# sigma_next is to 0: hence the tolerance, and not fewer steps. diffusers' other schedulers cannot.
 @pytest.mark.parametrize("steps", [7, 20])
-@pytest.mark.parametrize(
-    ("name", "scheduler"),
-    [
-        ("euler", diffusers.EulerDiscreteScheduler),
-        ("euler_a", diffusers.EulerAncestralDiscreteScheduler),
-        ("dpmpp_2m", diffusers.DPMSolverMultistepScheduler),
-    ],
-)
-def test_zero_terminal_snr(monkeypatch, name, scheduler, steps):
+@pytest.mark.parametrize("name", ["euler", "euler_a", *DPM_SOLVERS])
+def test_zero_terminal_snr(monkeypatch, name, steps):
     """From sigma 4096; the recipe of Lin et al. 2024: v-prediction and trailing."""
     options = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    reference = scheduler(**BETAS, **options, timestep_spacing="trailing")
+    if name in DPM_SOLVERS:
+        reference = dpm_solver(name, **options, timestep_spacing="trailing")
+    else:
+        reference = K_DIFFUSION[name](**BETAS, **options, timestep_spacing="trailing")
     config = ScheduleConfig(**options)
     exact_tables(reference, config)
     mine, sigmas = ours(name, config, steps, "trailing")
     mine = at_vp(mine, sigmas)
     expected = theirs(monkeypatch, reference, steps)
-    if name != "dpmpp_2m":
+    if name not in DPM_SOLVERS:
         expected = at_vp(expected, sigmas)
     assert_same(mine, expected, tolerance=5e-5)
 
@@ -311,14 +422,16 @@ def test_trained_betas(monkeypatch):
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.58, 1.0])
-@pytest.mark.parametrize("name", ["ddim", "euler", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("name", ["ddim", "euler", "heun", "dpm2", "dpmpp_2m", "unipc"])
 def test_image_to_image(monkeypatch, name, strength):
     """diffusers' img2img: noise the image to the first kept step, then run what is left."""
     scheduler = {
         "ddim": diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False),
         "euler": diffusers.EulerDiscreteScheduler(**BETAS),
         "heun": diffusers.HeunDiscreteScheduler(**BETAS),
+        "dpm2": diffusers.KDPM2DiscreteScheduler(**BETAS),
         "dpmpp_2m": diffusers.DPMSolverMultistepScheduler(**BETAS),
+        "unipc": diffusers.UniPCMultistepScheduler(**BETAS),
     }[name]
     scheduler.register_to_config(timestep_spacing="leading", steps_offset=1)
     steps, (image, noise) = 50, noises(2)
@@ -341,23 +454,26 @@ def test_image_to_image(monkeypatch, name, strength):
     assert_same([to_vp(mine, sigmas[-1].item())], [x])
 
 
+AS_THEY_COME = {
+    "ddpm": diffusers.DDPMScheduler,
+    "ddim": diffusers.DDIMScheduler,
+    "plms": diffusers.PNDMScheduler,
+    **K_DIFFUSION,
+    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+}
+
+
 @pytest.mark.parametrize(
     ("name", "spacing"),
     [
-        *[(name, "leading") for name in ("ddpm", "ddim", "euler", "euler_a", "heun", "dpmpp_2m")],
-        *[(name, "linspace") for name in ("ddpm", "euler", "euler_a", "heun", "dpmpp_2m")],
+        *[(name, "leading") for name in AS_THEY_COME],
+        *[(name, "linspace") for name in AS_THEY_COME if name not in ("ddim", "plms")],
     ],
 )
 def test_diffusers_as_it_comes(monkeypatch, name, spacing):
     """Stable Diffusion 1.5's own scheduler_config.json through each class, float32 and all."""
-    reference = {
-        "ddpm": diffusers.DDPMScheduler,
-        "ddim": diffusers.DDIMScheduler,
-        "euler": diffusers.EulerDiscreteScheduler,
-        "euler_a": diffusers.EulerAncestralDiscreteScheduler,
-        "heun": diffusers.HeunDiscreteScheduler,
-        "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
-    }[name].from_config(
+    reference = AS_THEY_COME[name].from_config(
         {
             **BETAS,
             "num_train_timesteps": 1000,
@@ -371,7 +487,7 @@ def test_diffusers_as_it_comes(monkeypatch, name, spacing):
     )
     mine, sigmas = ours(name, ScheduleConfig(), 20, spacing)
     expected = theirs(monkeypatch, reference, 20)
-    assert_same(at_vp(mine, sigmas) if name in ("ddpm", "ddim", "dpmpp_2m") else mine, expected)
+    assert_same(mine if name in K_DIFFUSION else at_vp(mine, sigmas), expected)
 
 
 def test_from_vp_undoes_to_vp():

@@ -1,10 +1,11 @@
 import diffusers
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from ldm.config import ScheduleConfig
-from ldm.diffusion.samplers import get_sampler
+from ldm.diffusion.samplers import SAMPLERS, get_sampler
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.sigma_grid import sigma_grid
 from ldm.errors import ConfigError
@@ -34,12 +35,13 @@ def timesteps(schedule, grid):
         if (spacing, steps) not in (("linspace", 1), ("leading", 1000))
     ],
 )
-@pytest.mark.parametrize("name", ["euler", "heun", "euler_a"])
+@pytest.mark.parametrize("name", ["euler", "heun", "euler_a", "lms"])
 def test_sigmas_of_the_k_diffusion_family(schedule, name, spacing, steps):
     reference = {
         "euler": diffusers.EulerDiscreteScheduler,
         "heun": diffusers.HeunDiscreteScheduler,
         "euler_a": diffusers.EulerAncestralDiscreteScheduler,
+        "lms": diffusers.LMSDiscreteScheduler,
     }[name](**BETAS, timestep_spacing=spacing, steps_offset=1)
     reference.set_timesteps(steps)
     expected = reference.sigmas.double()
@@ -51,21 +53,27 @@ def test_sigmas_of_the_k_diffusion_family(schedule, name, spacing, steps):
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m"])
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "plms", "dpmpp_2m", "unipc"])
 def test_timesteps_of_the_whole_timestep_family(schedule, name, spacing, steps):
     reference = {
         "ddim": diffusers.DDIMScheduler,
         "ddpm": diffusers.DDPMScheduler,
+        "plms": diffusers.PNDMScheduler,
         "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
+        "unipc": diffusers.UniPCMultistepScheduler,
     }[name](**BETAS, timestep_spacing=spacing, steps_offset=1)
-    spec = get_sampler(name)
-    if name == "dpmpp_2m" and steps == 1000 and spacing != "trailing":
+    spec, spare = get_sampler(name), name in ("dpmpp_2m", "unipc")
+    if name == "plms":
+        reference.register_to_config(skip_prk_steps=True)
+    if spare and steps == 1000 and spacing != "trailing":
         with pytest.raises(ConfigError, match="1000 steps are too many"):
             spec.grid(schedule, steps, spacing)
         return
     reference.set_timesteps(steps)
     expected = reference.timesteps.double().numpy()
-    if steps == 1 and spacing == "linspace" and name != "dpmpp_2m":
+    if name == "plms" and steps > 1:  # its second timestep twice
+        expected = np.delete(expected, 1)
+    if steps == 1 and spacing == "linspace" and not spare:
         expected = np.array([999.0])  # where diffusers starts at timestep 0
     if expected[0] == 1000:  # where diffusers leaves the table
         expected = expected - 1
@@ -99,9 +107,34 @@ def test_karras(schedule, steps):
     np.testing.assert_allclose(grid, [*equation_5, 0], rtol=1e-12)
 
 
-def test_karras_of_the_continuous_schedule():
+@pytest.mark.parametrize("steps", [1, 2, 7, 50, 1500])
+@pytest.mark.parametrize("spacing", ["karras", "exponential", "beta"])
+def test_grids_of_sigmas_equal_diffusers(schedule, spacing, steps):
+    scheduler = diffusers.UniPCMultistepScheduler(**BETAS, **{f"use_{spacing}_sigmas": True})
+    scheduler.alphas_cumprod = schedule.alphas_cumprod  # ours are float64
+    scheduler.set_timesteps(steps)
+    grid = sigma_grid(schedule, steps, spacing)
+    torch.testing.assert_close(grid, scheduler.sigmas.double(), rtol=2e-7, atol=0)
+
+
+def test_exponential_is_even_in_log_sigma(schedule):
+    grid = sigma_grid(schedule, 30, "exponential")
+    ratios = grid[1:-1] / grid[:-2]
+    expected = (schedule.sigmas[0] / schedule.sigmas[-1]) ** (1 / 29)
+    torch.testing.assert_close(ratios, expected.expand(29), rtol=1e-12, atol=0)
+
+
+def test_beta_spacing_has_the_quantiles_of_scipy(schedule):
+    grid = sigma_grid(schedule, 401, "beta")[:-1]
+    low, high = schedule.sigmas[0].item(), schedule.sigmas[-1].item()
+    expected = scipy.stats.beta.ppf(np.linspace(1, 0, 401), 0.6, 0.6)
+    np.testing.assert_allclose((grid - low) / (high - low), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("spacing", ["karras", "exponential", "beta"])
+def test_sigmas_of_the_continuous_schedule(spacing):
     schedule = NoiseSchedule(ScheduleConfig(beta_schedule="cosine_signal_rates"))
-    grid = sigma_grid(schedule, 10, "karras")
+    grid = sigma_grid(schedule, 10, spacing)
     ends = [np.tan(np.arccos(0.02)), np.tan(np.arccos(0.95)), 0]
     np.testing.assert_allclose(grid[[0, -2, -1]], ends, rtol=1e-9)
 
@@ -112,9 +145,11 @@ def test_karras_of_the_continuous_schedule():
 def test_final_sigma(to_one, last):
     schedule = NoiseSchedule(ScheduleConfig(set_alpha_to_one=to_one))
     assert get_sampler("ddim").grid(schedule, 5)[-1].item() == pytest.approx(last, rel=1e-9)
-    for name in ("ddpm", "euler", "euler_a", "heun", "dpmpp_2m"):
+    assert get_sampler("plms").grid(schedule, 5)[-1].item() == pytest.approx(last, rel=1e-9)
+    for name in SAMPLERS.keys() - {"ddim", "plms"}:
         assert get_sampler(name).grid(schedule, 5)[-1] == 0
-    assert get_sampler("ddim").grid(schedule, 5, "karras")[-1] == 0
+    for spacing in ("karras", "exponential", "beta"):
+        assert get_sampler("ddim").grid(schedule, 5, spacing)[-1] == 0
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.3, 0.58, 0.8, 0.999, 1.0])

@@ -1,0 +1,67 @@
+"""The loop that every sampler shares: it runs an update rule from sigma to sigma along a grid.
+
+Coefficients are Python floats, hence float64; latents keep the dtype they came in.
+
+Legend: b batch, c channels, h w height and width of the latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.denoiser import DenoiseFn
+from ldm.errors import ConfigError
+
+NoiseFn = Callable[[], Tensor]
+"""Draws fresh standard normal noise of x's shape, dtype and device."""
+
+Callback = Callable[[int, float, Tensor, Tensor], Tensor | None]
+"""(step, sigma, x, x0) after each step, with the x that the step arrived at, that x's sigma, and
+the x0 predicted on the way. A tensor that it returns replaces x; `StopSampling(x)` ends the run."""
+
+Step = Callable[[Tensor, Tensor, float, float], Tensor]
+"""(x, x0 = denoise(x, sigma), sigma, sigma_next) -> x at sigma_next."""
+
+
+class StopSampling(Exception):
+    """Raised by a callback to end the run; the sampler returns what it carries, x: b c h w."""
+
+    def __init__(self, x: Tensor):
+        super().__init__()
+        self.x = x
+
+
+def run(
+    step: Step, denoise: DenoiseFn, x: Tensor, sigmas: Tensor, callback: Callback | None
+) -> Tensor:
+    """Take `step` from each sigma of the grid to the next; all arguments as `sample_euler`'s."""
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        x0 = denoise(x, batch_of(sigma, x))
+        x = step(x, x0, sigma, sigma_next)
+        if callback is not None:
+            try:
+                replaced = callback(i, sigma_next, x, x0)
+            except StopSampling as stop:
+                return stop.x
+            x = x if replaced is None else replaced
+    return x
+
+
+def batch_of(sigma: float, x: Tensor) -> Tensor:
+    """b copies of sigma, on the CPU in float64: the denoiser looks up its timesteps there."""
+    return torch.full((len(x),), sigma, dtype=torch.float64)  # b
+
+
+def draw(noise: NoiseFn | None) -> Tensor:
+    """Fresh noise, b c h w.
+
+    Raises:
+        ConfigError: the caller gave no `noise`.
+    """
+    if noise is None:
+        raise ConfigError("sampling: this sampler is stochastic; pass `noise`, or use eta 0")
+    return noise()
