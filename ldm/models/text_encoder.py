@@ -2,18 +2,22 @@
 
 Shapes: b prompts, n tokens (77 in every published CLIP), d width of the tower.
 
-Source: Radford et al. 2021, section 2.4; its use as context is Rombach et al. 2022, section 3.3.
+Source: Radford et al. 2021, section 2.4; its use as context is Rombach et al. 2022, section 3.3;
+words of one's own, Gal et al. 2023 (textual inversion).
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+import re
+import unicodedata
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import CheckpointError, ConfigError
+from ldm.errors import CheckpointError, ConfigError, suggest
+from ldm.prompts import BACKTRACK, LongPrompts, Token, parse_weights, split_chunks
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -25,67 +29,17 @@ class TextEncoder(nn.Module):
     Args:
         tower: where the tokens and the hidden states come from.
         skip: layers left out at the end of every prompt; SD 2.x leaves out one.
+
+    Attributes:
+        embeddings: the words that `add_embeddings` taught it, and how many vectors each has.
     """
 
     def __init__(self, tower: TransformersTower | OpenClipTower, skip: int = 0):
         super().__init__()
         self.tower = tower
         self.skip = skip
+        self.embeddings: dict[str, int] = {}
         self.requires_grad_(False).eval()
-
-    @classmethod
-    def from_folder(
-        cls,
-        text_encoder_dir: str | Path,
-        tokenizer_dir: str | Path,
-        *,
-        dtype: torch.dtype = torch.float32,
-        variant: str | None = None,
-    ) -> TextEncoder:
-        """Opens the `text_encoder` and `tokenizer` folders of a model. Never downloads.
-
-        Args:
-            text_encoder_dir: holds config.json and the weights, as safetensors.
-            tokenizer_dir: holds tokenizer.json, or vocab.json and merges.txt.
-            dtype: of the weights in memory.
-            variant: "fp16" reads model.fp16.safetensors.
-
-        Raises:
-            CheckpointError: a file is missing or damaged, or does not fit its config.json.
-        """
-        from transformers import CLIPTextModel, CLIPTokenizer
-
-        for folder, names in (
-            (Path(text_encoder_dir), ["config.json"]),
-            (Path(tokenizer_dir), ["tokenizer.json", "vocab.json"]),
-        ):
-            if not any((folder / name).is_file() for name in names):
-                raise CheckpointError(
-                    f"{folder}: no {' or '.join(names)}; is it a folder of a diffusers model?"
-                )
-        try:
-            loaded: Any = CLIPTextModel.from_pretrained(
-                text_encoder_dir,
-                dtype=dtype,
-                variant=variant,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except Exception as error:  # transformers raises many kinds; all mean the files
-            raise CheckpointError(f"{text_encoder_dir}: {_first_line(error)}") from error
-        model, info = loaded
-        # transformers leaves what it does not find at random values, with no more than a warning
-        if missing := sorted(info["missing_keys"]):
-            raise CheckpointError(
-                f"{text_encoder_dir}: the weights lack {len(missing)} of the model's tensors, the"
-                f" first being {missing[0]}; get the file anew"
-            )
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
-        except Exception as error:
-            raise CheckpointError(f"{tokenizer_dir}: {_first_line(error)}") from error
-        return cls(TransformersTower(model, tokenizer))
 
     @classmethod
     def from_open_clip(
@@ -139,11 +93,12 @@ class TextEncoder(nn.Module):
 
     def token_ids(self, prompts: list[str]) -> Tensor:
         """Token numbers int64 `b n`, cut at the limit and padded to it, on the CPU."""
-        return self.tower.token_ids(prompts)
+        return torch.tensor(
+            [self._row(self._chunks(prompt, False, "truncate")[0]) for prompt in prompts]
+        )  # b n
 
-    @torch.no_grad()
     def encode(self, prompts: list[str], clip_skip: int | None = None) -> Tensor:
-        """The context of each prompt.
+        """The context of each prompt, read literally and cut at the limit.
 
         Args:
             prompts: b texts; "" is the context that guidance leads away from.
@@ -156,30 +111,196 @@ class TextEncoder(nn.Module):
         Raises:
             ConfigError: `clip_skip` leaves no layer.
         """
+        return self._states(self.token_ids(prompts), clip_skip)
+
+    def forward(self, prompts: list[str], clip_skip: int | None = None) -> Tensor:
+        """The same as `encode`."""
+        return self.encode(prompts, clip_skip)
+
+    def contexts(
+        self,
+        prompts: list[str],
+        *,
+        clip_skip: int | None = None,
+        prompt_weights: bool = True,
+        long_prompts: LongPrompts = "truncate",
+    ) -> list[Tensor]:
+        """The context of each prompt by itself: no value depends on the other prompts.
+
+        Args:
+            prompts: texts; the same one twice is encoded once.
+            clip_skip: as in `encode`.
+            prompt_weights: read the weights of `ldm.prompts`, or take prompts literally.
+            long_prompts: "truncate" keeps one chunk, what `max_tokens` hold; "chunk" encodes as
+                many as it takes, each with a start and an end token, and puts them in a row.
+
+        Returns:
+            `n d` each, n being `max_tokens` for every chunk of that prompt.
+
+        Raises:
+            ConfigError: `clip_skip` leaves no layer, or the prompt asks for what ldm has not.
+        """
+        encoded = {}
+        for prompt in dict.fromkeys(prompts):
+            chunks = self._chunks(prompt, prompt_weights, long_prompts)
+            kept = chunks if long_prompts == "chunk" else chunks[:1]
+            encoded[prompt] = torch.cat([self._weighted(chunk, clip_skip) for chunk in kept])
+        return [encoded[prompt] for prompt in prompts]
+
+    def pad(self, context: Tensor, n: int, clip_skip: int | None = None) -> Tensor:
+        """Lengthen a context by chunks without words, so that it can be guided by a longer one.
+
+        Args:
+            context: `m d`, from `contexts`.
+            n: the length to reach, a multiple of `max_tokens` and no less than m.
+            clip_skip: as it was for the context.
+
+        Returns:
+            `n d`.
+        """
+        missing = (n - len(context)) // self.max_tokens
+        if not missing:
+            return context
+        empty = self.encode([""], clip_skip)[0].to(context)  # max_tokens d
+        return torch.cat([context, *[empty] * missing])  # n d
+
+    def dropped(self, prompt: str, *, prompt_weights: bool = True) -> str:
+        """The end of the prompt that "truncate" leaves out, without its weights; "" if nothing."""
+        rest = self._chunks(prompt, prompt_weights, "truncate")[1:]
+        return "".join(token.text for chunk in rest for token in chunk).strip()
+
+    def add_embeddings(self, token: str, vectors: Tensor) -> None:
+        """Textual inversion: from now on a word in a prompt stands for these vectors.
+
+        Args:
+            token: the word, such as "<cat>" or "easynegative", in upper or lower case.
+            vectors: `k d`, in the order in which they enter the prompt; cast to the tower's dtype.
+
+        Raises:
+            ConfigError: the word exists already, or the vectors do not fit this tower.
+        """
+        token = _composed(token)
+        if len(self.tower.tokenize(token)) < 2 or self._find(token):
+            raise ConfigError(
+                f"textual inversion: the text encoder knows the word {token!r} already;"
+                " give token= another name"
+            )
+        if vectors.ndim != 2 or vectors.shape[1] != self.dim:
+            raise ConfigError(
+                f"textual inversion: {token!r} has vectors of shape {tuple(vectors.shape)}; this"
+                f" text encoder needs (k, {self.dim}): the file is for another kind of model"
+            )
+        if not 0 < len(vectors) <= self.max_tokens - 2:
+            raise ConfigError(
+                f"textual inversion: {token!r} has {len(vectors)} vectors; a prompt of this text"
+                f" encoder holds 1 to {self.max_tokens - 2}"
+            )
+        weight = self.tower.table.weight
+        self._set_table(torch.cat([weight, vectors.to(weight)]))
+        self.embeddings[token] = len(vectors)
+
+    def remove_embeddings(self, token: str | None = None) -> None:
+        """Forget a word of `add_embeddings`, or all of them: the weights are again as before.
+
+        Raises:
+            ConfigError: there is no such word.
+        """
+        names = list(self.embeddings) if token is None else [_composed(token)]
+        for name in names:
+            if name not in self.embeddings:
+                raise ConfigError(
+                    f"textual inversion: no {name!r} is loaded; {suggest(name, self.embeddings)}"
+                )
+            ids, weight = self._embedding_ids(name), self.tower.table.weight
+            self._set_table(torch.cat([weight[: ids[0]], weight[ids[-1] + 1 :]]))
+            del self.embeddings[name]
+
+    def _set_table(self, weight: Tensor) -> None:
+        self.tower.table.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.tower.table.num_embeddings = len(weight)
+
+    def _find(self, text: str) -> str | None:
+        """The embedding of this name, in upper or lower case."""
+        return next((name for name in self.embeddings if name.lower() == text.lower()), None)
+
+    def _embedding_ids(self, name: str) -> list[int]:
+        """Its rows of the table, whose last are the embeddings', in the order of loading."""
+        names = list(self.embeddings)
+        later = sum(self.embeddings[other] for other in names[names.index(name) :])
+        first = self.tower.table.num_embeddings - later
+        return list(range(first, first + self.embeddings[name]))
+
+    def _tokens(self, section: list[tuple[str, float]]) -> list[Token]:
+        """The tokens of texts and their weights, the name of an embedding being one token."""
+        # the longest first; a name that begins or ends with a letter is a word of its own
+        names = sorted(self.embeddings, key=len, reverse=True)
+        pattern = "|".join(
+            r"\b" * name[0].isalnum() + re.escape(name) + r"\b" * name[-1].isalnum()
+            for name in names
+        )
+        tokens: list[Token] = []
+        for text, weight in section:
+            text = _composed(text)
+            for part in re.split(f"({pattern})", text, flags=re.IGNORECASE) if names else [text]:
+                if name := self._find(part):
+                    tokens.append(Token(self._embedding_ids(name), part, weight))
+                elif part.strip():
+                    tokens += [Token([i], word, weight) for i, word in self.tower.tokenize(part)]
+                elif tokens:
+                    tokens[-1] = tokens[-1]._replace(text=tokens[-1].text + part)
+        return tokens
+
+    def _chunks(
+        self, prompt: str, prompt_weights: bool, long_prompts: LongPrompts
+    ) -> list[list[Token]]:
+        """All chunks of a prompt, without their start, end and padding; "truncate" uses the first.
+
+        Chunks of "chunk" end after a comma where one is near, those of "truncate" where they must.
+        """
+        if long_prompts not in get_args(LongPrompts):
+            choices = suggest(str(long_prompts), get_args(LongPrompts))
+            raise ConfigError(f"long_prompts is {long_prompts!r}; {choices}")
+        sections = parse_weights(prompt) if prompt_weights else [[(prompt, 1.0)]]
+        backtrack = BACKTRACK if long_prompts == "chunk" else 0
+        chunks = [
+            chunk
+            for section in sections
+            for chunk in split_chunks(self._tokens(section), self.max_tokens - 2, backtrack)
+        ]
+        return chunks if chunks[-1] else chunks[:-1] or chunks  # BREAK at the end adds nothing
+
+    def _row(self, chunk: list[Token]) -> list[int]:
+        """The chunk's token numbers, from its start token to the last of the padding."""
+        ids = [self.tower.start, *(i for token in chunk for i in token.ids), self.tower.end]
+        return ids + [self.tower.padding] * (self.max_tokens - len(ids))
+
+    @torch.no_grad()
+    def _states(self, token_ids: Tensor, clip_skip: int | None) -> Tensor:
         skip = self.skip + (clip_skip or 0)
         if not self.skip <= skip < self.tower.layers:
             raise ConfigError(
                 f"clip_skip is {clip_skip}; this text encoder allows 0 to"
                 f" {self.tower.layers - self.skip - 1}"
             )
-        device = next(self.parameters()).device
-        return self.tower.states(self.token_ids(prompts).to(device), skip)  # b n d
+        return self.tower.states(token_ids.to(self.tower.table.weight.device), skip)  # b n d
 
-    def forward(self, prompts: list[str], clip_skip: int | None = None) -> Tensor:
-        """The same as `encode`."""
-        return self.encode(prompts, clip_skip)
+    def _weighted(self, chunk: list[Token], clip_skip: int | None) -> Tensor:
+        """A chunk's context `n d`, each token's part of it times the token's weight.
 
-    def dropped(self, prompt: str) -> str:
-        """The end of the prompt that lies beyond the token limit; "" when nothing does."""
-        return self.tower.dropped(prompt)
-
-    def save(self, text_encoder_dir: str | Path, tokenizer_dir: str | Path) -> None:
-        """Writes the two folders of a model, in the layout that all versions of transformers read.
-
-        Raises:
-            CheckpointError: the tower is open_clip's, which has no such layout.
+        The whole is then scaled to the mean that it had, as the web UI does, where there is a mean:
+        where it lies no further from zero than chance would have it, nothing is scaled.
         """
-        self.tower.save(Path(text_encoder_dir), Path(tokenizer_dir))
+        states = self._states(torch.tensor([self._row(chunk)]), clip_skip)[0]  # n d
+        weights = torch.ones(self.max_tokens)
+        given = [token.weight for token in chunk for _ in token.ids]
+        weights[1 : len(given) + 1] = torch.tensor(given)
+        if bool((weights == 1).all()):
+            return states
+        plain = states.float()
+        weighted = plain * weights[:, None].to(plain.device)
+        if plain.mean().abs() > plain.std() / plain.numel() ** 0.5:
+            weighted *= plain.mean() / weighted.mean()
+        return weighted.to(states.dtype)  # n d
 
 
 class TransformersTower(nn.Module):
@@ -194,16 +315,22 @@ class TransformersTower(nn.Module):
         # a tokenizer without a limit of its own claims 10**30
         self.max_tokens = min(tokenizer.model_max_length, model.config.max_position_embeddings)
         tokenizer.model_max_length = self.max_tokens
+        # the padding is the end token in SD 1.x, "!" in 2.x
+        self.start, self.end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.padding = tokenizer.pad_token_id
 
-    def token_ids(self, prompts: list[str]) -> Tensor:
-        """`b n`, padded with the tokenizer's own pad token: the end token in SD 1.x, "!" in 2.x."""
-        return self.tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=self.max_tokens,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids  # b n
+    @property
+    def table(self) -> nn.Embedding:
+        """A row `d` for every token."""
+        return self.model.embeddings.token_embedding
+
+    def tokenize(self, text: str) -> list[tuple[int, str]]:
+        """Token numbers, each with the part of the text that it stands for and spaces after it."""
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        starts = [start for start, _ in encoded["offset_mapping"]]
+        return list(zip(encoded["input_ids"], _cut(text, starts), strict=True))
 
     def states(self, token_ids: Tensor, skip: int) -> Tensor:
         """Hidden states `b n d` of the layer `skip` before the last, normalised."""
@@ -212,33 +339,6 @@ class TransformersTower(nn.Module):
             return self.model(token_ids).last_hidden_state  # b n d
         hidden = self.model(token_ids, output_hidden_states=True).hidden_states
         return self.model.final_layer_norm(hidden[-(skip + 1)])  # b n d
-
-    def dropped(self, prompt: str) -> str:
-        """The text from the first token that does not fit; the last place is the end token's."""
-        offsets = self.tokenizer(
-            prompt, return_offsets_mapping=True, truncation=False, verbose=False
-        )["offset_mapping"]
-        if len(offsets) <= self.max_tokens:
-            return ""
-        return prompt[offsets[self.max_tokens - 1][0] :].strip()
-
-    def save(self, text_encoder_dir: Path, tokenizer_dir: Path) -> None:
-        """Writes what transformers 5 writes, and what older versions and other tools look for."""
-        from safetensors.torch import save_file
-
-        text_encoder_dir.mkdir(parents=True, exist_ok=True)
-        tokenizer_dir.mkdir(parents=True, exist_ok=True)
-        # transformers 5 left the prefix out of its own files; it reads both, the others only this
-        weights = {
-            f"text_model.{name}": weight.detach().cpu().contiguous()
-            for name, weight in self.model.state_dict().items()
-        }
-        save_file(weights, text_encoder_dir / "model.safetensors", metadata={"format": "pt"})
-        self.model.config.architectures = ["CLIPTextModel"]
-        self.model.config.save_pretrained(text_encoder_dir)
-        self.tokenizer.save_pretrained(tokenizer_dir)
-        # vocab.json and merges.txt, from before tokenizer.json
-        self.tokenizer.backend_tokenizer.model.save(str(tokenizer_dir))
 
 
 class OpenClipTower(nn.Module):
@@ -252,7 +352,7 @@ class OpenClipTower(nn.Module):
         ConfigError: the tower or the vocabulary is another model's than CLIP's.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any):
+    def __init__(self, model: Any, tokenizer: Any):
         from open_clip.tokenizer import SimpleTokenizer
         from open_clip.transformer import TextTransformer
 
@@ -267,10 +367,26 @@ class OpenClipTower(nn.Module):
         self.dim: int = model.transformer.width
         self.layers: int = model.transformer.layers
         self.max_tokens: int = model.context_length
+        # zeros, as open_clip trains; 0 is the "!" of SD 2.x's tokenizer
+        self.start, self.end, self.padding = tokenizer.sot_token_id, tokenizer.eot_token_id, 0
 
-    def token_ids(self, prompts: list[str]) -> Tensor:
-        """`b n`, padded with zeros, as open_clip trains; 0 is the "!" of SD 2.x's tokenizer."""
-        return self.tokenizer(prompts, context_length=self.max_tokens)  # b n
+    @property
+    def table(self) -> nn.Embedding:
+        """A row `d` for every token."""
+        return self.model.token_embedding
+
+    def tokenize(self, text: str) -> list[tuple[int, str]]:
+        """Token numbers, each with the part of the text that it stands for and spaces after it.
+
+        open_clip mends and lower-cases a text before it reads it, so the parts are of the mended.
+        """
+        ids, mended = self.tokenizer.encode(text), self.tokenizer.clean_fn(text)
+        text = " " * text[:1].isspace() + mended + " " * text[-1:].isspace()
+        # every letter of a token is a byte of the text, whose spaces belong to no token
+        sizes = [len(self.tokenizer.decoder[i].removesuffix("</w>")) for i in ids]
+        places = [i for i, letter in enumerate(text) for _ in letter.encode() if letter != " "]
+        starts = [places[end - size] for size, end in zip(sizes, accumulate(sizes), strict=True)]
+        return list(zip(ids, _cut(text, starts), strict=True))
 
     def states(self, token_ids: Tensor, skip: int) -> Tensor:
         """Hidden states `b n d` of the layer `skip` before the last, normalised."""
@@ -284,16 +400,15 @@ class OpenClipTower(nn.Module):
         )
         return output["text_intermediates"][0]  # b n d
 
-    def dropped(self, prompt: str) -> str:
-        """The text of the tokens that do not fit between the start and the end token."""
-        return self.tokenizer.decode(self.tokenizer.encode(prompt)[self.max_tokens - 2 :]).strip()
 
-    def save(self, text_encoder_dir: Path, tokenizer_dir: Path) -> None:
-        """Raises CheckpointError: open_clip's towers have no folder layout."""
-        raise CheckpointError(
-            f"{text_encoder_dir}: an open_clip text encoder has no folder format; open the model's"
-            " own text_encoder folder with TextEncoder.from_folder and save that"
-        )
+def _composed(text: str) -> str:
+    """Letters and their marks as one character each, as both tokenizers see them."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _cut(text: str, starts: list[int]) -> list[str]:
+    """The parts of a text that begin at `starts`, the first with all before it."""
+    return [text[a:b] for a, b in pairwise([0, *starts[1:], len(text)])] if starts else []
 
 
 def _first_line(error: Exception) -> str:

@@ -6,6 +6,8 @@ import gzip
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import open_clip
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ldm.checkpoint.folder import load_text_encoder, save_text_encoder
 from ldm.errors import CheckpointError, ConfigError
 from ldm.models.text_encoder import TextEncoder
 
@@ -66,9 +69,17 @@ def folder(model: CLIPTextModel, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+def opened(text_encoder_dir: Path, tokenizer_dir: Path, **options: Any) -> TextEncoder:
+    """These two as the folders of one model."""
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "text_encoder").symlink_to(text_encoder_dir)
+        (Path(folder) / "tokenizer").symlink_to(tokenizer_dir)
+        return load_text_encoder(Path(folder), **options)
+
+
 @pytest.fixture(scope="module")
 def encoder(folder: Path, tokenizer_dir: Path) -> TextEncoder:
-    return TextEncoder.from_folder(folder, tokenizer_dir)
+    return opened(folder, tokenizer_dir)
 
 
 def expected_ids(pad: int) -> Tensor:
@@ -102,10 +113,10 @@ def test_pads_as_the_tokenizer_says(folder: Path, tokenizer_dir: Path, tmp_path:
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "!"})
     )
-    sd2 = TextEncoder.from_folder(folder, tmp_path)
+    sd2 = opened(folder, tmp_path)
     assert torch.equal(sd2.token_ids(PROMPTS), SimpleTokenizer()(PROMPTS))
-    sd2.save(tmp_path / "text_encoder", tmp_path / "tokenizer")
-    again = TextEncoder.from_folder(tmp_path / "text_encoder", tmp_path / "tokenizer")
+    save_text_encoder(sd2, tmp_path / "text_encoder", tmp_path / "tokenizer")
+    again = opened(tmp_path / "text_encoder", tmp_path / "tokenizer")
     assert torch.equal(again.token_ids(PROMPTS), SimpleTokenizer()(PROMPTS))
 
 
@@ -114,7 +125,7 @@ def test_the_limit_is_the_models_where_the_tokenizer_has_none(
 ) -> None:
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(tokenizer_dir / name, tmp_path)
-    encoder = TextEncoder.from_folder(folder, tmp_path)
+    encoder = opened(folder, tmp_path)
     assert torch.equal(encoder.token_ids(PROMPTS), expected_ids(END))
 
 
@@ -122,7 +133,7 @@ def test_the_limit_is_the_models_where_the_tokenizer_has_none(
 def test_saved_folders_open_in_transformers(
     encoder: TextEncoder, model: CLIPTextModel, tmp_path: Path
 ) -> None:
-    encoder.save(tmp_path / "text_encoder", tmp_path / "tokenizer")
+    save_text_encoder(encoder, tmp_path / "text_encoder", tmp_path / "tokenizer")
     theirs = CLIPTextModel.from_pretrained(tmp_path / "text_encoder").eval()
     ids = expected_ids(END)
     assert torch.equal(theirs(ids).last_hidden_state, model(ids).last_hidden_state)
@@ -170,7 +181,7 @@ def test_saved_folders_open_in_diffusers(encoder: TextEncoder, tmp_path: Path) -
     ).save_pretrained(tmp_path)
     for name in ("text_encoder", "tokenizer"):
         shutil.rmtree(tmp_path / name)
-    encoder.save(tmp_path / "text_encoder", tmp_path / "tokenizer")
+    save_text_encoder(encoder, tmp_path / "text_encoder", tmp_path / "tokenizer")
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path)
     theirs, _ = pipeline.encode_prompt(PROMPTS, "cpu", 1, False)
     assert theirs.shape == (3, 77, 32)
@@ -202,37 +213,37 @@ def test_a_clip_skip_that_leaves_no_layer_is_refused(encoder: TextEncoder, clip_
 def test_damaged_folders_are_refused_in_one_line(
     folder: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match="no config.json") as caught:
-        TextEncoder.from_folder(tmp_path / "nowhere", tokenizer_dir)
+    with pytest.raises(CheckpointError, match="no file .*config.json") as caught:
+        opened(tmp_path / "nowhere", tokenizer_dir)
     assert "\n" not in str(caught.value)
-    with pytest.raises(CheckpointError, match="no tokenizer.json or vocab.json"):
-        TextEncoder.from_folder(folder, tmp_path)
+    with pytest.raises(CheckpointError, match="no file .*tokenizer.json or vocab.json"):
+        opened(folder, tmp_path)
 
     # transformers would fill a missing tensor with random numbers
     weights = load_file(folder / "model.safetensors")
     del weights["text_model.encoder.layers.1.mlp.fc1.weight"]
     shutil.copy(folder / "config.json", tmp_path)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="lack 1 of .*layers.1.mlp.fc1.weight"):
-        TextEncoder.from_folder(tmp_path, tokenizer_dir)
+    with pytest.raises(CheckpointError, match="missing encoder.layers.1.mlp.fc1.weight"):
+        opened(tmp_path, tokenizer_dir)
 
     # pickled weights are not read, and neither is half a file
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="safetensors") as caught:
-        TextEncoder.from_folder(tmp_path, tokenizer_dir)
+        opened(tmp_path, tokenizer_dir)
     assert "\n" not in str(caught.value)
     half = (folder / "model.safetensors").read_bytes()[:100_000]
     (tmp_path / "model.safetensors").write_bytes(half)
     with pytest.raises(CheckpointError) as caught:
-        TextEncoder.from_folder(tmp_path, tokenizer_dir)
+        opened(tmp_path, tokenizer_dir)
     assert "\n" not in str(caught.value)
 
 
 def test_variant_and_dtype(folder: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "config.json", tmp_path)
     shutil.copy(folder / "model.safetensors", tmp_path / "model.fp16.safetensors")
-    half = TextEncoder.from_folder(tmp_path, tokenizer_dir, dtype=torch.bfloat16, variant="fp16")
-    full = TextEncoder.from_folder(folder, tokenizer_dir)
+    half = opened(tmp_path, tokenizer_dir, dtype=torch.bfloat16, variant="fp16")
+    full = opened(folder, tokenizer_dir)
     assert half.encode(PROMPTS).dtype == torch.bfloat16
     torch.testing.assert_close(
         half.encode(PROMPTS).float(), full.encode(PROMPTS), atol=0.1, rtol=0.05
@@ -289,8 +300,8 @@ def test_open_clip_tells_what_it_drops_and_cannot_save(
     encoder = TextEncoder.from_open_clip("tiny-test-clip", str(tiny[1]))
     assert encoder.dropped(" ".join(["rose"] * 75)) == ""
     assert encoder.dropped(" ".join(["rose"] * 75 + ["blue", "tulip"])) == "blue tulip"
-    with pytest.raises(CheckpointError, match="no folder format") as caught:
-        encoder.save(tmp_path / "text_encoder", tmp_path / "tokenizer")
+    with pytest.raises(CheckpointError, match="no file format") as caught:
+        save_text_encoder(encoder, tmp_path / "text_encoder", tmp_path / "tokenizer")
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
