@@ -48,7 +48,8 @@ def make_pipeline(schedule: ScheduleConfig | None = None) -> LatentDiffusionPipe
     """A model of the same random weights every time, its progress bar off."""
     from transformers import CLIPModel
 
-    from ldm.training.clip import build_clip, clip_tokenizer
+    from ldm.checkpoint.tokenizer import clip_tokenizer
+    from ldm.training.clip import build_clip
 
     clip_config = build_clip(CLIP).config
     state = torch.get_rng_state()
@@ -60,7 +61,7 @@ def make_pipeline(schedule: ScheduleConfig | None = None) -> LatentDiffusionPipe
     pipeline = LatentDiffusionPipeline(
         unet.eval(),
         vae.eval(),
-        TextEncoder(TransformersTower(clip.text_model, clip_tokenizer(CLIP))),
+        TextEncoder(TransformersTower(clip.text_model, clip_tokenizer(CLIP.vocab_size))),
         NoiseSchedule(schedule or ScheduleConfig()),
         defaults={"num_inference_steps": 4, "guidance_scale": 3.0},
     )

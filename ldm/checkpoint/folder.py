@@ -11,12 +11,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint.io import (
+    atomic_folder,
     load_weights,
     read_json,
     read_tensors,
@@ -24,16 +25,22 @@ from ldm.checkpoint.io import (
     write_json,
     write_tensors,
 )
-from ldm.config import AutoencoderConfig, ScheduleConfig, UNetConfig
+from ldm.checkpoint.names import UNET_PREFIX, below, unet_to_ours, unet_to_theirs
+from ldm.config import TIMESTEP_SPACINGS, AutoencoderConfig, ScheduleConfig, UNetConfig
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.errors import CheckpointError
+from ldm.errors import CheckpointError, ConfigError
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.text_encoder import TextEncoder
+from ldm.models.text_encoder import TextEncoder, TransformersTower
 from ldm.models.unet import UNet
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextConfig, CLIPTokenizer
 
 Model = TypeVar("Model", bound=nn.Module)
 
 WEIGHTS = "diffusion_pytorch_model"
+RAW_VARIANT = "non_ema"  # diffusers' name of the weights whose moving average is the main file
+EXTRAS = "single_file_extras.safetensors"
 DIFFUSERS_VERSION = "0.35.0"  # the layout written here is read by this version and every later one
 
 # Options of diffusers' models at the only value that ours have, which is also the default there.
@@ -76,6 +83,89 @@ VAE_FIXED = {
     "latents_mean": None,
     "latents_std": None,
 }
+
+
+class ModelParts(NamedTuple):
+    """What a model is made of, wherever it was read from.
+
+    Attributes:
+        unet: predicts what the schedule's `prediction_type` says.
+        vae: latents to pictures.
+        text_encoder: prompts to context.
+        schedule: the noise schedule.
+        defaults: settings that suit this model.
+        left_over: tensors by their names in a single file that no part above uses, kept so that a
+            model is written as it was read; see `ldm.checkpoint.single_file`.
+    """
+
+    unet: UNet
+    vae: AutoencoderKL
+    text_encoder: TextEncoder
+    schedule: NoiseSchedule
+    defaults: Mapping[str, Any]
+    left_over: Mapping[str, Tensor] = {}
+
+
+def load_folder(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    ema: bool | None = True,
+) -> ModelParts:
+    """Read a model folder.
+
+    Args:
+        folder: holds `model_index.json` and a folder a component.
+        dtype: convert the weights; as stored when None. `left_over` is always as stored.
+        variant: `fp16` reads the `.fp16.safetensors` files.
+        ema: True takes the U-Net's main weights; False the raw ones beside them (`non_ema`); None
+            the main ones, with the raw ones in `left_over`, as far as there are any.
+
+    Raises:
+        CheckpointError: the model is incomplete, damaged, or of a kind that ldm has not.
+    """
+    extras, raw = folder / EXTRAS, _weights_file(folder / "unet", RAW_VARIANT)
+    left = read_tensors(extras) if extras.is_file() else {}
+    if ema is not None:
+        left = {name: tensor for name, tensor in left.items() if not name.startswith("model_ema.")}
+    elif raw.is_file():
+        weights = read_tensors(raw)
+        theirs = unet_to_theirs(weights)
+        left |= {UNET_PREFIX + theirs[name]: weight for name, weight in weights.items()}
+    of_unet = RAW_VARIANT if ema is False else variant
+    return ModelParts(
+        defaults=load_defaults(folder),
+        schedule=load_schedule(folder / "scheduler"),
+        unet=load_unet(folder / "unet", dtype=dtype, variant=of_unet),
+        vae=load_vae(folder / "vae", dtype=dtype, variant=variant),
+        text_encoder=load_text_encoder(folder, dtype=dtype, variant=variant),
+        left_over=left,
+    )
+
+
+def save_folder(parts: ModelParts, folder: Path) -> None:
+    """Write a model folder: each component's folder whole or not at all, and the index last."""
+    raw = below(UNET_PREFIX, parts.left_over)
+    with atomic_folder(folder / "unet") as part:
+        save_unet(parts.unet, part)
+        if raw:
+            ours = unet_to_ours(raw)
+            weights = {ours[name]: weight for name, weight in raw.items()}
+            write_tensors(_weights_file(part, RAW_VARIANT), weights)
+    with atomic_folder(folder / "vae") as part:
+        save_vae(parts.vae, part)
+    with atomic_folder(folder / "scheduler") as part:
+        save_schedule(parts.schedule, part)
+    with (
+        atomic_folder(folder / "text_encoder") as part,
+        atomic_folder(folder / "tokenizer") as words,
+    ):
+        save_text_encoder(parts.text_encoder, part, words)
+    (folder / EXTRAS).unlink(missing_ok=True)  # of a model that stood here before
+    if extras := {k: v for k, v in parts.left_over.items() if not k.startswith(UNET_PREFIX)}:
+        write_tensors(folder / EXTRAS, extras)
+    save_index(folder, parts.defaults)
 
 
 def save_unet(unet: UNet, folder: Path, *, variant: str | None = None) -> None:
@@ -165,8 +255,8 @@ def save_schedule(schedule: NoiseSchedule, folder: Path) -> None:
         if config["trained_betas"] is None:
             ours["trained_betas"] = None
             config["trained_betas"] = schedule.betas.tolist()
-    if config["timestep_spacing"] == "karras":  # a choice of sigmas, which DDIM there cannot make
-        ours["timestep_spacing"] = "karras"
+    if config["timestep_spacing"] not in TIMESTEP_SPACINGS:  # DDIM there cannot choose sigmas
+        ours["timestep_spacing"] = config["timestep_spacing"]
         config["timestep_spacing"] = "leading"
     config |= {"_class_name": "DDIMScheduler", "_diffusers_version": DIFFUSERS_VERSION}
     config["_ldm"] = ours
@@ -186,8 +276,9 @@ def load_schedule(folder: Path) -> NoiseSchedule:
         # diffusers' StableDiffusionPipeline draws with these two, whatever such a file says
         ours = {"steps_offset": 1, "clip_sample": False}
         stored = _diffusers_defaults(str(stored.get("_class_name"))) | stored
-        if stored.get("use_karras_sigmas"):
-            ours["timestep_spacing"] = "karras"
+        for spacing in ("karras", "exponential", "beta"):
+            if stored.get(f"use_{spacing}_sigmas"):
+                ours["timestep_spacing"] = spacing
     return NoiseSchedule(ScheduleConfig(**_fields(ScheduleConfig, stored | ours, folder)))
 
 
@@ -235,25 +326,94 @@ def load_defaults(folder: Path) -> dict[str, Any]:
 def load_text_encoder(
     folder: Path, *, dtype: torch.dtype | None = None, variant: str | None = None
 ) -> TextEncoder:
-    """Read `text_encoder/` and `tokenizer/` of a model folder.
+    """Read `text_encoder/` and `tokenizer/` of a model folder; never downloads.
 
     Args:
         folder: the model folder.
-        dtype: what it computes in; float32 when not given.
+        dtype: convert the weights; as stored when None.
         variant: `fp16` reads model.fp16.safetensors.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged, or does not fit its config.json.
     """
-    for part in ("text_encoder/config.json", "tokenizer/tokenizer_config.json"):
-        if not (folder / part).is_file():
-            raise CheckpointError(f"no file {folder / part}; is {folder} a whole model folder?")
-    return TextEncoder.from_folder(
-        folder / "text_encoder",
-        folder / "tokenizer",
-        dtype=dtype or torch.float32,
-        variant=variant,
-    )
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+    for part, names in (
+        ("text_encoder", ("config.json",)),
+        ("tokenizer", ("tokenizer.json", "vocab.json")),
+    ):
+        if not any((folder / part / name).is_file() for name in names):
+            wanted = " or ".join(names)
+            raise CheckpointError(
+                f"no file {folder / part / wanted}; is {folder} a whole model folder?"
+            )
+    try:
+        config = CLIPTextConfig.from_pretrained(folder / "text_encoder", local_files_only=True)
+        words = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except Exception as error:  # transformers raises many kinds; all mean the files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{folder}: {reason}") from error
+    stored = _read_weights(folder / "text_encoder", "model", variant)
+    # transformers 5 writes no prefix; the positions were a tensor before it
+    weights = {k.removeprefix("text_model."): v for k, v in to_dtype(stored, dtype).items()}
+    weights.pop("embeddings.position_ids", None)
+    return make_text_encoder(config, weights, words, folder / "text_encoder")
+
+
+def make_text_encoder(
+    config: CLIPTextConfig, weights: Mapping[str, Tensor], tokenizer: CLIPTokenizer, where: Path
+) -> TextEncoder:
+    """A text encoder of exactly these weights, by transformers' names without a prefix.
+
+    Raises:
+        CheckpointError: keys are missing, unexpected or of another shape.
+    """
+    from transformers import CLIPTextModel
+
+    with torch.device("meta"):
+        model = CLIPTextModel(config)
+    positions = torch.arange(config.max_position_embeddings)[None]
+    model.embeddings.position_ids = nn.Buffer(positions, persistent=False)  # in no file
+    load_weights(model, weights, where)
+    return TextEncoder(TransformersTower(model, tokenizer))
+
+
+def save_text_encoder(text_encoder: TextEncoder, folder: Path, tokenizer_folder: Path) -> None:
+    """Write the two folders of a text encoder, in a layout that all versions of transformers read.
+
+    Raises:
+        ConfigError: it has embeddings, which the layout has no place for.
+        CheckpointError: the tower is open_clip's, which has no such layout.
+    """
+    tower = transformers_tower(text_encoder)
+    # transformers 5 left the prefix out of its own files; it reads both, other tools only this
+    weights = {f"text_model.{k}": v.cpu() for k, v in tower.model.state_dict().items()}
+    write_tensors(folder / "model.safetensors", weights)
+    tower.model.config.architectures = ["CLIPTextModel"]
+    tower.model.config.save_pretrained(folder)
+    tower.tokenizer.save_pretrained(tokenizer_folder)
+    # vocab.json and merges.txt, from before tokenizer.json
+    tower.tokenizer.backend_tokenizer.model.save(str(tokenizer_folder))
+
+
+def transformers_tower(text_encoder: TextEncoder) -> TransformersTower:
+    """The tower that can be written to a file.
+
+    Raises:
+        ConfigError: it has embeddings, which a model's files have no place for.
+        CheckpointError: it is open_clip's own.
+    """
+    if text_encoder.embeddings:
+        raise ConfigError(
+            f"text encoder: {', '.join(text_encoder.embeddings)} cannot be saved with the model,"
+            " for they are files of their own; call remove_embeddings() first"
+        )
+    if not isinstance(text_encoder.tower, TransformersTower):
+        raise CheckpointError(
+            "an open_clip text encoder has no file format of its own; open the model's text_encoder"
+            " folder and save that"
+        )
+    return text_encoder.tower
 
 
 def _modern_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -272,9 +432,28 @@ def _load(
 ) -> Model:
     with torch.device("meta"):  # no time spent on weights about to be replaced
         model = build()
-    file = _weights_file(folder, variant)
-    load_weights(model, rename(to_dtype(read_tensors(file), dtype)), file)
+    load_weights(model, rename(to_dtype(_read_weights(folder, WEIGHTS, variant), dtype)), folder)
     return model.eval()
+
+
+def _read_weights(folder: Path, stem: str, variant: str | None) -> dict[str, Tensor]:
+    """All tensors of a component, from its one file or from its shards."""
+    name = stem + (f".{variant}" if variant else "")
+    index = folder / f"{stem}.safetensors.index{f'.{variant}' if variant else ''}.json"
+    if (folder / f"{name}.safetensors").is_file() or not index.is_file():
+        if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+            raise CheckpointError(
+                f"{folder} has its weights only as .bin, which is pickle; fetch the model's"
+                " safetensors, or write them with its own tool (safe_serialization=True)"
+            )
+        return read_tensors(folder / f"{name}.safetensors")
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or any(Path(str(s)).name != s for s in shards.values()):
+        raise CheckpointError(f"{index} is damaged (its weight_map names no files beside it)")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(shards.values())):
+        tensors |= read_tensors(folder / shard)
+    return tensors
 
 
 def _weights_file(folder: Path, variant: str | None) -> Path:

@@ -1,7 +1,8 @@
-"""Files that cannot hurt: weights are read without pickle, folders are written whole or not at all.
+"""Files that cannot hurt: nothing in a file is executed; files and folders are written whole.
 
-A folder is written under a temporary name beside its place, flushed to disk, and renamed. A
-manifest of SHA-256 sums, written last, lets `verify` say which file a damaged folder got wrong.
+Weights are safetensors; the pickles of old checkpoints are read as data alone. A file or a folder
+is written under a temporary name beside its place, flushed to disk, and renamed. A manifest of
+SHA-256 sums, written last, lets `verify` say which file a damaged folder got wrong.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
@@ -41,10 +44,95 @@ def read_tensors(file: Path, device: str = "cpu") -> dict[str, Tensor]:
         raise CheckpointError(f"{file} is damaged ({error}); write or fetch it again") from None
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors in safetensors format; the metadata is what transformers expects to find."""
+def write_tensors(
+    file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors in safetensors format; `metadata` joins what transformers expects to find."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt"})
+    contiguous = {k: v.contiguous() for k, v in tensors.items()}
+    save_file(contiguous, file, metadata={"format": "pt", **(metadata or {})})
+
+
+class Inert:
+    """Stands for every class of a pickle that is no tensor: it takes anything and does nothing."""
+
+    def __new__(cls, *_: Any) -> Inert:
+        return super().__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def _empty(*_: Any) -> dict[Any, Any]:
+    return {}
+
+
+# The classes that old trainers stored beside the weights. Any other is refused.
+INERT = re.compile(
+    r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|numpy|pathlib|typing)\..*"
+    r"|builtins\.(dict|list|int|float|str|bool)|collections\.defaultdict"
+)
+PICKLE_LIMIT = 2**26  # bytes of a checkpoint's structure; Stable Diffusion's is under one MiB
+
+
+def read_pickle(file: Path) -> Any:
+    """What `torch.save` wrote: tensors in dicts and lists, `Inert` for what else is stored there.
+
+    Nothing is executed: torch reads it with `weights_only`, and of the names in the file that torch
+    does not know, those of `INERT` become `Inert` and any other is a refusal.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, compressed, larger inside than outside, or
+            asks for code.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"no file {file}")
+    stand_ins: list[Any] = []
+    try:
+        if zipped := zipfile.is_zipfile(file):
+            _check_archive(file)
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            if bad := sorted(name for name in names if not INERT.fullmatch(name)):
+                raise CheckpointError(
+                    f"{file} asks for {', '.join(bad)}, which no weights need; nothing of it was"
+                    " run: do not open this file with other tools"
+                )
+            stand_ins = [(_empty if "defaultdict" in name else Inert, name) for name in names]
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{file} cannot be read as weights: {reason[:200]}") from None
+
+
+def _check_archive(file: Path) -> None:
+    """Refuse what takes more memory than its size on disk tells."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CheckpointError(f"{file} is a compressed archive, which torch.save never writes")
+    if sum(entry.file_size for entry in entries) > file.stat().st_size:
+        raise CheckpointError(f"{file} claims to hold more than its own size; it is not opened")
+    if any(e.file_size > PICKLE_LIMIT for e in entries if e.filename.endswith("data.pkl")):
+        raise CheckpointError(f"{file} has a pickle of over {PICKLE_LIMIT >> 20} MiB; not opened")
+
+
+def read_ckpt(file: Path) -> dict[str, Tensor]:
+    """The tensors of an old checkpoint, of its `state_dict` if it has one; see `read_pickle`.
+
+    Raises:
+        CheckpointError: as for `read_pickle`, or the file holds no tensors.
+    """
+    content = read_pickle(file)
+    if isinstance(content, dict):
+        content = content.get("state_dict", content)
+    if isinstance(content, dict):
+        tensors = {k: v.detach() for k, v in content.items() if isinstance(v, Tensor)}
+        if tensors:
+            return tensors
+    raise CheckpointError(f"{file} holds no dictionary of tensors; it is no model")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -115,8 +203,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover(folder.parent, escape(folder.name))
-    unique = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    temporary = folder.with_name(f".{folder.name}.{unique}.tmp")
+    temporary = _temporary(folder)
     old = temporary.with_suffix(".old")
     temporary.mkdir()
     try:
@@ -131,8 +218,24 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         recover(folder.parent, escape(folder.name))
 
 
+@contextmanager
+def atomic_file(file: Path) -> Iterator[Path]:
+    """A temporary name to write to; on leaving, the file stands complete at its place, or not."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    recover(file.parent, escape(file.name))
+    temporary = _temporary(file)
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+        _flush_directory(file.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def recover(parent: Path, name: str = "*") -> None:
-    """Clear what a kill inside `atomic_folder` has left, and give a folder its place back.
+    """Clear what a kill in `atomic_folder` or `atomic_file` left; give folders their place back.
 
     Args:
         parent: where the folders stand.
@@ -147,7 +250,11 @@ def recover(parent: Path, name: str = "*") -> None:
     for temporary in parent.glob(f".{name}.[0-9]*-*.tmp"):
         writer = int(temporary.name.rsplit(".", 2)[1].split("-")[0])
         if writer == os.getpid() or not _alive(writer):  # another process may be filling it
-            shutil.rmtree(temporary)
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
 
 
 def _alive(pid: int) -> bool:
@@ -202,3 +309,13 @@ def _flush_directory(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of named tensors: names, dtypes, shapes and bytes, whatever their order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(data.numpy().data)
+    return digest.hexdigest()

@@ -1,13 +1,17 @@
-"""From what a user types to a model folder. Imports no torch: a wrong name is refused at once."""
+"""From what a user types to a model's folder or file. Imports no torch: a wrong name is refused
+at once, and so is what a file's header tells.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from ldm.checkpoint.names import count
 from ldm.errors import CheckpointError, ConfigError, suggest
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
+SINGLE_FILES = (".safetensors", ".ckpt")
 
 
 def bundled_models() -> list[str]:
@@ -22,7 +26,9 @@ def locate_model(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The folder of a model: a path, a bundled model's name, or an `owner/name` on the hub.
+    """The folder or the single file of a model.
+
+    A path, a bundled model's name, or an `owner/name` on the hub.
 
     Args:
         name: what the user typed. A bundled model's name always means that model: write
@@ -41,14 +47,28 @@ def locate_model(
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise ConfigError(f"model {name} is a file; give a model folder in the diffusers layout")
+        if folder.suffix in SINGLE_FILES:
+            return folder
+        raise ConfigError(
+            f"model {name} is a file, but no {' or '.join(SINGLE_FILES)}; give one of those, or a"
+            " model folder in the diffusers layout"
+        )
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
         return _download(str(name), variant, revision, local_files_only)
     raise _unknown(str(name))
 
 
 def downsample_factor(model: Path) -> int:
-    """Picture pixels to one latent pixel along a side, read off the folder's `vae/config.json`."""
+    """Picture pixels to one latent pixel along a side.
+
+    Read off a folder's `vae/config.json`, or off the names in a single file. A .ckpt would have to
+    be unpickled for that: for one it is 8, which that of every published Stable Diffusion is.
+    """
+    if model.suffix == ".ckpt" and model.is_file():
+        return 8
+    if model.is_file():
+        names = safetensors_header(model)[0]
+        return 2 ** max(count(r"first_stage_model\.encoder\.down\.(\d+)\.", names) - 1, 0)
     file = model / "vae" / "config.json"
     try:
         levels = len(json.loads(file.read_text(encoding="utf-8"))["block_out_channels"])
@@ -59,6 +79,24 @@ def downsample_factor(model: Path) -> int:
     if not levels:
         raise CheckpointError(f"{file} is damaged (no block_out_channels); fetch it again")
     return 2 ** (levels - 1)
+
+
+def safetensors_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """The names and shapes of a safetensors file's tensors, and its metadata.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            if size > file.stat().st_size:
+                raise ValueError("it is shorter than it says")
+            header = json.loads(stream.read(size))
+        metadata = header.pop("__metadata__", {})
+        return {name: tuple(entry["shape"]) for name, entry in header.items()}, metadata
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}); write or fetch it again") from None
 
 
 def _unknown(name: str) -> ConfigError:
@@ -76,10 +114,15 @@ def _download(name: str, variant: str | None, revision: str | None, local_files_
     )
 
     # Not the single files, half-precision copies and safety checkers that lie beside a model.
-    end = f".{variant}.safetensors" if variant else ".safetensors"
     patterns = ["model_index.json", "scheduler/*", "tokenizer/*", "*/config.json"]
-    patterns += [f"{part}/diffusion_pytorch_model{end}" for part in ("unet", "vae")]
-    patterns += [f"text_encoder/model{end}"]
+    end = f".{variant}" if variant else ""
+    for stem in (
+        "unet/diffusion_pytorch_model",
+        "vae/diffusion_pytorch_model",
+        "text_encoder/model",
+    ):
+        patterns += [f"{stem}{end}.safetensors", f"{stem}{end}-*-of-*.safetensors"]
+        patterns.append(f"{stem}.safetensors.index{end}.json")
     try:
         folder = snapshot_download(
             name, revision=revision, local_files_only=local_files_only, allow_patterns=patterns

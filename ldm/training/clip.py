@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ldm.checkpoint.folder import save_text_encoder
+from ldm.checkpoint.tokenizer import clip_tokenizer
 from ldm.config import ClipConfig, TowerConfig
 from ldm.data.sample import DataSource
 from ldm.models.text_encoder import TextEncoder, TransformersTower
@@ -26,7 +28,7 @@ from ldm.training.config import ClipTraining
 from ldm.training.stage import Batch, Stage, load_sample
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel, CLIPTokenizer
+    from transformers import CLIPModel
 
 # What CLIP normalises pictures by (Radford et al. 2021): saved in the vision tower's preprocessor.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -56,8 +58,9 @@ class ClipStage(Stage):
     def __init__(self, config: ClipTraining):
         super().__init__(config)
         torch.manual_seed(config.seed)
-        self.tokenizer = clip_tokenizer(config.clip)
-        self.clip = build_clip(config.clip)
+        clip = config.clip
+        self.tokenizer = clip_tokenizer(clip.vocab_size, clip.max_position_embeddings)
+        self.clip = build_clip(clip)
         if config.gradient_checkpointing:
             self.clip.gradient_checkpointing_enable()
         self.players, self.averaged = {"clip": self.clip}, ("clip",)
@@ -103,7 +106,7 @@ class ClipStage(Stage):
 
         # A copy, because a TextEncoder freezes its tower, and this one is being trained.
         tower = TransformersTower(deepcopy(self.clip.text_model), self.tokenizer)
-        TextEncoder(tower).save(folder / "text_encoder", folder / "tokenizer")
+        save_text_encoder(TextEncoder(tower), folder / "text_encoder", folder / "tokenizer")
         self.clip.save_pretrained(folder / "clip")
         self.tokenizer.save_pretrained(folder / "clip")
         size = self.config.clip.image_size
@@ -151,30 +154,6 @@ def build_clip(config: ClipConfig) -> CLIPModel:
     nn.init.normal_(embeddings.token_embedding.weight, std=1.0)
     nn.init.normal_(embeddings.position_embedding.weight, std=0.1)
     return clip
-
-
-def clip_tokenizer(config: ClipConfig) -> CLIPTokenizer:
-    """CLIP's byte-pair encoding, cut to its first and most frequent merges.
-
-    Every text can still be written, since the single bytes stay; rarer words take more tokens.
-    The merges come inside open_clip's package.
-    """
-    import gzip
-
-    from open_clip.tokenizer import bytes_to_unicode, default_bpe
-    from transformers import CLIPTokenizer
-
-    with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")[1:]  # the first line is a version
-    merges = [line.split() for line in lines[: config.vocab_size - 514]]
-    letters = list(bytes_to_unicode().values())
-    words = letters + [letter + "</w>" for letter in letters]
-    words += ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={word: i for i, word in enumerate(words)},
-        merges=[tuple(pair) for pair in merges],  # type: ignore[arg-type]
-        model_max_length=config.max_position_embeddings,
-    )
 
 
 def _tower(config: TowerConfig, projection_dim: int) -> dict[str, Any]:

@@ -12,9 +12,9 @@ import torch
 from tiny import CLIP, make_pipeline, randomize
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ldm.checkpoint.tokenizer import clip_tokenizer
 from ldm.config import ScheduleConfig
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.training.clip import clip_tokenizer
 
 SCHEDULERS = {
     "ddim": diffusers.DDIMScheduler,
@@ -144,7 +144,7 @@ def diffusers_pipeline():
     return diffusers.StableDiffusionPipeline(
         vae,
         tower,
-        clip_tokenizer(CLIP),
+        clip_tokenizer(CLIP.vocab_size),
         unet,
         diffusers.DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1),
         None,

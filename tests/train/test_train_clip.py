@@ -8,10 +8,10 @@ import torch
 from accelerate import Accelerator
 from train_helpers import CLIP, first_batch, metrics, prepared, run, weights
 
-from ldm.config import ClipConfig
+from ldm.checkpoint.folder import load_text_encoder
+from ldm.checkpoint.tokenizer import clip_tokenizer
 from ldm.data.sources import Subset
-from ldm.models.text_encoder import TextEncoder
-from ldm.training.clip import MEAN, STD, clip_tokenizer
+from ldm.training.clip import MEAN, STD
 
 WORDS = [
     "a red flower", "the cat and the dog on a white wall", "two yellow tulips in the grass",
@@ -86,7 +86,7 @@ def test_folders_open_in_transformers(trained, options):
     with torch.no_grad():
         expected = clip.text_model(ids).last_hidden_state
         assert torch.equal(text(ids).last_hidden_state, expected)
-        ours = TextEncoder.from_folder(trained / "text_encoder", trained / "tokenizer")
+        ours = load_text_encoder(trained)
         torch.testing.assert_close(ours.encode(WORDS), expected, rtol=1e-5, atol=1e-6)
     # the saved preprocessor makes of a picture what the stage has trained on
     stage, data, _ = prepared("clip", **options)
@@ -110,7 +110,7 @@ def test_frequent_words_have_the_ids_of_clip(vocab_size):
     """The same tokens, by the same numbers, as open_clip's; but for the two markers at the end."""
     from open_clip.tokenizer import SimpleTokenizer
 
-    full, mine = SimpleTokenizer(), clip_tokenizer(ClipConfig(vocab_size=vocab_size))
+    full, mine = SimpleTokenizer(), clip_tokenizer(vocab_size)
     assert mine.vocab_size == len(mine) == vocab_size
     for text in WORDS:
         expected = full.encode(" ".join(text.lower().split()))
@@ -126,7 +126,7 @@ def test_frequent_words_have_the_ids_of_clip(vocab_size):
     "text", ["붉은 꽃 한 송이", "a flower 🌺🌻", "čtyři žluté růže", "pneumonoultra"]
 )
 def test_every_text_can_be_written(text):
-    tokenizer = clip_tokenizer(CLIP)
+    tokenizer = clip_tokenizer(CLIP.vocab_size)
     ids = tokenizer(text).input_ids
     assert max(ids[1:-1]) < CLIP.vocab_size - 2  # no token stands for "unknown"
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text

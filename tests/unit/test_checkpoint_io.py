@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ldm.checkpoint.io import (
+    atomic_file,
     atomic_folder,
     load_weights,
     read_json,
@@ -120,6 +121,21 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     recover(tmp_path)
     assert (target / "a").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "model"]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_atomic_file_is_whole_or_not_there(tmp_path, old):
+    file = tmp_path / "weights"
+    if old:
+        file.write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_file(file) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == ({"weights": b"old"} if old else {})
+    (tmp_path / ".weights.999999999-0123abcd.tmp").write_text("of a process that was killed")
+    with atomic_file(file) as temporary:
+        temporary.write_text("new")
+    assert contents(tmp_path) == {"weights": b"new"}
 
 
 def test_another_process_may_be_writing(tmp_path):

@@ -58,6 +58,7 @@ SCHEDULES = {
         prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
     ),
     "karras": ScheduleConfig(timestep_spacing="karras"),
+    "beta": ScheduleConfig(timestep_spacing="beta"),
     "cosine": ScheduleConfig(
         beta_schedule="cosine_signal_rates", min_signal_rate=0.03, max_signal_rate=0.9
     ),
@@ -244,9 +245,10 @@ def test_a_schedule_of_other_tools_is_read_as_diffusers_pipeline_does(tmp_path):
     schedule = load_schedule(tmp_path).config
     assert schedule.beta_schedule == "linear" and schedule.beta_end == 0.02
     assert schedule.steps_offset == 1 and not schedule.clip_sample and schedule.set_alpha_to_one
-    euler = diffusers.EulerDiscreteScheduler(use_karras_sigmas=True, timestep_spacing="trailing")
-    euler.save_pretrained(tmp_path)
-    assert load_schedule(tmp_path).config.timestep_spacing == "karras"
+    for spacing in ("karras", "exponential", "beta"):
+        options = {f"use_{spacing}_sigmas": True, "timestep_spacing": "trailing"}
+        diffusers.EulerDiscreteScheduler(**options).save_pretrained(tmp_path)
+        assert load_schedule(tmp_path).config.timestep_spacing == spacing
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,19 @@
 import json
 import subprocess
 import sys
+from fnmatch import fnmatch
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ldm.checkpoint import locate
-from ldm.checkpoint.locate import bundled_models, downsample_factor, locate_model
+from ldm.checkpoint.locate import (
+    bundled_models,
+    downsample_factor,
+    locate_model,
+    safetensors_header,
+)
 from ldm.errors import CheckpointError, ConfigError
 
 
@@ -44,9 +52,12 @@ def test_a_wrong_name_gets_the_nearest(bundled, tmp_path):
     for name in ("/no/such/folder", "./no/such", "../no", "~/no", "a/b/c", "half-written"):
         with pytest.raises(ConfigError, match="no model"):
             locate_model(name)
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ConfigError, match="model.safetensors is a file; give a model folder"):
-        locate_model(tmp_path / "model.safetensors")
+    (tmp_path / "model.txt").touch()
+    with pytest.raises(ConfigError, match="model.txt is a file, but no .safetensors or .ckpt"):
+        locate_model(tmp_path / "model.txt")
+    for name in ("model.safetensors", "model.ckpt"):
+        (tmp_path / name).touch()
+        assert locate_model(tmp_path / name) == tmp_path / name
 
 
 def test_hub_name_from_the_cache(tmp_path, monkeypatch):
@@ -82,6 +93,44 @@ def test_downsample_factor(tmp_path, levels, factor):
     file = tmp_path / "vae" / "config.json"
     file.write_text(json.dumps({"block_out_channels": [8] * levels}))
     assert downsample_factor(tmp_path) == factor
+
+
+@pytest.mark.parametrize(("levels", "factor"), [(1, 1), (3, 4), (4, 8)])
+def test_downsample_factor_of_a_file(tmp_path, levels, factor):
+    names = [f"first_stage_model.encoder.down.{i}.block.0.norm1.bias" for i in range(levels)]
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "m.safetensors")
+    assert downsample_factor(tmp_path / "m.safetensors") == factor
+    (tmp_path / "m.ckpt").touch()
+    assert downsample_factor(tmp_path / "m.ckpt") == 8
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 20, b"\x02" + b"\0" * 7 + b"[]", b"\x08" + b"\0" * 7 + b'{"a": 1}']
+)
+def test_headers_that_are_none(tmp_path, content):
+    (tmp_path / "m.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="m.safetensors is damaged") as error:
+        safetensors_header(tmp_path / "m.safetensors")
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_fetched(monkeypatch):
+    """One set of weights, whole or in shards, of the variant that was asked for."""
+    asked = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda _, **o: asked.update(o) or ".")
+    files = [
+        f"{part}{middle}" for part in ("unet/diffusion_pytorch_model", "text_encoder/model")
+        for middle in (
+            ".safetensors", "-00001-of-00002.safetensors", ".safetensors.index.json",
+            ".fp16.safetensors", ".fp16-00001-of-00002.safetensors",
+            ".safetensors.index.fp16.json", ".non_ema.safetensors", ".bin",
+        )
+    ]  # fmt: skip
+    files += ["v1-5-pruned.safetensors", "unet/config.json", "safety_checker/model.safetensors"]
+    for variant, ends in ((None, files[:3] + files[8:11]), ("fp16", files[3:6] + files[11:14])):
+        locate_model("some-owner/some-model", variant=variant)
+        fetched = [f for f in files if any(fnmatch(f, p) for p in asked["allow_patterns"])]
+        assert fetched == [*ends, "unet/config.json"]
 
 
 def test_downsample_factor_errors(tmp_path):
