@@ -1,17 +1,72 @@
-"""Pictures as tensors, as grids, and as files that say how they were made."""
+"""Pictures: read, as tensors, as grids."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageOps
+
+from ldm.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def read_image(file: str | Path) -> Image.Image:
+    """A picture of any kind, as `to_rgb` shows it.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
+    try:
+        with Image.open(file) as image:
+            return to_rgb(image)
+    except FileNotFoundError:
+        raise DataError(f"no file {file}; give a picture") from None
+    except (OSError, DataError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file} cannot be read as a picture ({error})") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture as a viewer shows it: upright, on white, 8 bits a channel, RGB.
+
+    EXIF rotation is applied; whatever is transparent is laid over white; 16-bit grey is scaled by
+    1 / 257; 1-bit, palette, grey and CMYK pictures are converted.
+
+    Raises:
+        DataError: the pixels cannot be read.
+    """
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            return _from_deep_grey(image)
+        if image.has_transparency_data:
+            # Resampling comes later, so that hidden colours never bleed into the visible ones.
+            colors = image.convert("RGBA")
+            white = Image.new("RGBA", colors.size, (255, 255, 255, 255))
+            return Image.alpha_composite(white, colors).convert("RGB")
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"the picture is damaged or cut short ({error})") from error
+
+
+def _from_deep_grey(image: Image.Image) -> Image.Image:
+    """16-bit grey, in any of PIL's integer modes, to RGB; PIL itself would clip it at 255."""
+    import numpy as np
+
+    grey = (np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """An RGB picture as float32 3 h w in [-1, 1], on the CPU."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -40,43 +95,3 @@ def image_grid(
     for i, image in enumerate(images):
         grid.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
     return grid
-
-
-def parameters_text(prompt: str, negative_prompt: str, seed: int, settings: dict[str, Any]) -> str:
-    """How a picture was made, in the words of AUTOMATIC1111's web UI.
-
-    Args:
-        prompt: what was drawn.
-        negative_prompt: what was not.
-        seed: the picture's own.
-        settings: of `PipelineOutput`.
-    """
-    negative = f"Negative prompt: {negative_prompt}\n" if negative_prompt else ""
-    extras = ("eta", "variance", "guidance_rescale", "clip_skip")
-    shown = {name.capitalize().replace("_", " "): settings.get(name) for name in extras}
-    return (
-        f"{prompt}\n{negative}Steps: {settings['num_inference_steps']},"
-        f" Sampler: {settings['sampler']}, Schedule type: {settings['timestep_spacing']},"
-        f" CFG scale: {settings['guidance_scale']}, Seed: {seed},"
-        f" Size: {settings['width']}x{settings['height']}"
-        + "".join(f", {name}: {value}" for name, value in shown.items() if value)
-    )
-
-
-def save_png(image: Image.Image, file: Path, parameters: str | None = None) -> None:
-    """Write a PNG, with the text chunk `parameters` in which AUTOMATIC1111's web UI keeps settings.
-
-    The chunk is iTXt, UTF-8, so prompts in any script survive.
-    """
-    info = PngInfo()
-    if parameters:
-        info.add_itxt("parameters", parameters)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image.save(file, pnginfo=info)
-
-
-def read_parameters(file: Path) -> str | None:
-    """The `parameters` chunk of a PNG; None where it has none."""
-    with Image.open(file) as image:
-        text = image.info.get("parameters")
-    return str(text) if text is not None else None

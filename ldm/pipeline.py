@@ -1,9 +1,10 @@
 """From a prompt to a picture: the one pipeline.
 
-    prompts --text encoder--> context      seed --rng--> noise
+    prompts --text encoder--> context      seed --rng--> noise      image --VAE--> known latents
     guided(denoiser), sigma grid, sampler: noise -> scaled latents --VAE--> pictures
 
-A picture is a function of (model, prompt, seed, settings), never of the batch it is drawn in, its
+Image to image changes only where the sampler starts, inpainting only wraps the denoiser. A picture
+is a function of (model, prompt, seed, settings, image), never of the batch it is drawn in, its
 place there, or the device's noise generator.
 
 Legend: b pictures, l channels of the latents, h w their height and width, n d tokens and width of
@@ -13,47 +14,43 @@ the context, H W the pictures' height and width.
 from __future__ import annotations
 
 import logging
-import secrets
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.checkpoint.folder import (
-    load_defaults,
-    load_schedule,
-    load_text_encoder,
-    load_unet,
-    load_vae,
-    save_index,
-    save_schedule,
-    save_unet,
-    save_vae,
-)
-from ldm.checkpoint.io import atomic_folder
-from ldm.checkpoint.locate import locate_model
 from ldm.config import SamplerName, Spacing, check_size
-from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.guidance import guided
+from ldm.diffusion.denoiser import Denoiser, Network
+from ldm.diffusion.guidance import guided, masked, thresholded
 from ldm.diffusion.prediction import from_vp, to_vp
-from ldm.diffusion.samplers import SamplerSpec, StopSampling, get_sampler
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.samplers import StopSampling, get_sampler
 from ldm.errors import ConfigError
-from ldm.images import to_pil
-from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.text_encoder import TextEncoder
-from ldm.models.unet import UNet
-from ldm.rng import image_generator, image_noise
+from ldm.inputs import (
+    ImageInput,
+    Settings,
+    as_list,
+    is_latents,
+    per_picture,
+    size_of,
+    start,
+    to_mask,
+    to_pixels,
+)
+from ldm.model import Model
+from ldm.rng import image_noise
 
 logger = logging.getLogger(__name__)
 
 StepCallback = Callable[
     ["LatentDiffusionPipeline", int, float, dict[str, Tensor]], Mapping[str, Any]
 ]
-"""(pipeline, step, timestep, {"latents": b l h w}) -> the same, perhaps with other latents."""
+"""(pipeline, step, timestep, {"latents", "pred_original_sample": b l h w}) -> the same mapping,
+perhaps with other latents; the second is the x0 that the step has predicted."""
 
 
 class PipelineOutput(NamedTuple):
@@ -63,133 +60,55 @@ class PipelineOutput(NamedTuple):
         images: PIL pictures; or as `output_type` says, an array b H W 3 or a tensor b 3 H W in
             [0, 1], or scaled latents b l h w.
         seeds: the seed of each picture; empty when the caller brought generators.
-        settings: what else made them: steps, sampler, guidance, size.
+        settings: what else made them, as keyword arguments of the call.
+        batches: the place of each picture in the batch that it was drawn in, and that batch's size.
     """
 
     images: Any
     seeds: list[int]
     settings: dict[str, Any]
+    batches: list[tuple[int, int]]
+
+    def settings_of(self, index: int) -> dict[str, Any]:
+        """Keyword arguments that draw the picture at `index` again, its seed among them."""
+        own = {"seed": self.seeds[index]} if self.seeds else {}
+        if variations := self.settings.get("variation_seed"):
+            own["variation_seed"] = variations[index]
+        return self.settings | own
 
 
-class LatentDiffusionPipeline:
-    """A text-to-image model, ready to draw.
+@dataclass(frozen=True)
+class _Run:
+    """What all pictures of a call share."""
 
-    Args:
-        unet: predicts what the schedule's `prediction_type` says.
-        vae: latents to pictures.
-        text_encoder: prompts to context.
-        schedule: the noise schedule that the U-Net was trained with.
-        defaults: `num_inference_steps` and `guidance_scale` that suit this model.
+    settings: Settings
+    sigmas: Tensor
+    callback: StepCallback | None
 
-    Raises:
-        ConfigError: the parts do not fit each other.
+
+@dataclass(frozen=True)
+class _Batch:
+    """Pictures that are drawn together: noise, context, and what is known of them.
+
+    `negative` is None without guidance, the last three where no image and no mask is given:
+    `known` are the image's latents, `mask` says which of them are painted anew, `extra` is what
+    an inpainting model sees beside the noisy latents.
     """
 
-    def __init__(
-        self,
-        unet: UNet,
-        vae: AutoencoderKL,
-        text_encoder: TextEncoder,
-        schedule: NoiseSchedule,
-        *,
-        defaults: Mapping[str, Any] | None = None,
-    ):
-        check_parts(unet, vae, text_encoder)
-        self.unet, self.vae, self.text_encoder, self.schedule = unet, vae, text_encoder, schedule
-        self.defaults = {"num_inference_steps": 50, "guidance_scale": 7.5} | dict(defaults or {})
-        self._progress: dict[str, Any] = {}
-        self._interrupt = False
+    noise: Tensor  # b l h w
+    generators: Sequence[torch.Generator]
+    context: Tensor  # b n d
+    negative: Tensor | None  # b n d
+    known: Tensor | None  # b l h w
+    mask: Tensor | None  # b 1 h w
+    extra: Tensor | None  # b 1+l h w
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        torch_dtype: torch.dtype = torch.float32,
-        variant: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-    ) -> LatentDiffusionPipeline:
-        """Open a model: a folder in the diffusers layout, `flowers`, or an `owner/name` of the hub.
 
-        Args:
-            pretrained_model_name_or_path: which model.
-            torch_dtype: what the model computes in.
-            variant: `fp16` reads the `.fp16.safetensors` files of a folder.
-            revision: branch, tag or commit on the hub.
-            local_files_only: never ask the network.
+class LatentDiffusionPipeline(Model):
+    """A text-to-image model, ready to draw. Arguments and errors of making one as `Model`."""
 
-        Raises:
-            ConfigError: there is no such model, or its parts do not fit each other.
-            CheckpointError: the model is incomplete, damaged, or of a kind that ldm has not.
-        """
-        folder = locate_model(
-            pretrained_model_name_or_path,
-            variant=variant,
-            revision=revision,
-            local_files_only=local_files_only,
-        )
-        defaults = load_defaults(folder)
-        schedule = load_schedule(folder / "scheduler")
-        unet = load_unet(folder / "unet", dtype=torch_dtype, variant=variant)
-        vae = load_vae(folder / "vae", dtype=torch_dtype, variant=variant)
-        text_encoder = load_text_encoder(folder, dtype=torch_dtype, variant=variant)
-        return cls(unet, vae, text_encoder, schedule, defaults=defaults)
-
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write a model folder that ldm and diffusers open, in the dtype that the weights have.
-
-        Each component's folder is written whole or not at all, and the index last.
-        """
-        folder = Path(save_directory)
-        with atomic_folder(folder / "unet") as part:
-            save_unet(self.unet, part)
-        with atomic_folder(folder / "vae") as part:
-            save_vae(self.vae, part)
-        with atomic_folder(folder / "scheduler") as part:
-            save_schedule(self.schedule, part)
-        with (
-            atomic_folder(folder / "text_encoder") as part,
-            atomic_folder(folder / "tokenizer") as words,
-        ):
-            self.text_encoder.save(part, words)
-        save_index(folder, self.defaults)
-
-    def to(self, *args: Any, **options: Any) -> LatentDiffusionPipeline:
-        """Move the models to a device, a dtype or both, as `torch.nn.Module.to`; returns itself.
-
-        Raises:
-            ConfigError: this machine has no such device.
-        """
-        try:
-            torch.empty(0).to(*args, **options)
-        except (RuntimeError, AssertionError) as error:
-            said = str(error).split("\n")[0]
-            raise ConfigError(f"cannot move the model there: {said}") from None
-        for model in (self.unet, self.vae, self.text_encoder):
-            model.to(*args, **options)
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        """Where the U-Net is."""
-        return next(self.unet.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the U-Net computes in."""
-        return next(self.unet.parameters()).dtype
-
-    @property
-    def components(self) -> dict[str, Any]:
-        """The parts, by the names of `__init__`: `LatentDiffusionPipeline(**pipe.components)`."""
-        return {
-            "unet": self.unet,
-            "vae": self.vae,
-            "text_encoder": self.text_encoder,
-            "schedule": self.schedule,
-            "defaults": self.defaults,
-        }
+    _progress: Mapping[str, Any] = {}
+    _interrupt = False
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options of tqdm, such as `disable=True`."""
@@ -201,13 +120,22 @@ class LatentDiffusionPipeline:
         prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = None,
+        image: ImageInput | None = None,
+        mask_image: ImageInput | None = None,
+        strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        dynamic_threshold: tuple[float, float] | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
+        variation_seed: int | Sequence[int] | None = None,
+        variation_strength: float = 0.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
@@ -217,24 +145,40 @@ class LatentDiffusionPipeline:
         eta: float = 0.0,
         variance: Literal["fixed_small", "fixed_large"] = "fixed_small",
         clip_skip: int | None = None,
+        long_prompts: Literal["truncate", "chunk"] = "truncate",
+        prompt_weights: bool = True,
         batch_size: int | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
     ) -> PipelineOutput:
-        """Draw pictures.
+        """Draw pictures: from noise, from an image, or only where a mask is white.
 
         Args:
             prompt: one prompt, or a list.
             negative_prompt: what guidance leads away from; one for all, or one a prompt.
-            height: of the pictures, in pixels, a multiple of the VAE's factor; the model's size
-                when not given.
+            image: what to start from: one for all, one a prompt or one a picture, in any of the
+                forms of `ldm.inputs.ImageInput`.
+            mask_image: where `image` is painted anew: white is painted, black is kept.
+            strength: how much of the image is given up, in [0, 1]: 0 returns the VAE's
+                reconstruction, 1 starts from noise alone. 0.8 when not given, 1 with a mask.
+            height: of the pictures, in pixels, a multiple of the VAE's factor; the image's or the
+                model's when not given.
             width: likewise.
-            num_inference_steps: network calls a picture (for `heun` twice as many less one).
+            num_inference_steps: steps of the sampler, each one network call, or two.
+            timesteps: the timesteps to visit, descending, instead of a spacing.
+            sigmas: the noise levels to visit, descending, instead of a spacing.
             guidance_scale: w of classifier-free guidance; 1 or less is without.
             guidance_rescale: of Lin et al. 2024, in [0, 1].
+            guidance_interval: sigmas (low, high] that are guided, as Kynkaanniemi et al. 2024.
+            dynamic_threshold: (percentile, limit): where the percentile in (0, 1] of |x0| exceeds
+                the limit, x0 is clipped to it and scaled down to the limit, as Saharia et al. 2022.
+                Scaled latents have unit variance: a limit of 3 or 4 suits them, 1 suits pixels.
             num_images_per_prompt: pictures a prompt.
             seed: picture i of the call draws its noise from seed + i, or from entry i of a list;
                 a random one when not given, which the output tells.
+            variation_seed: with `variation_strength`, every picture has the one `seed`, and its
+                noise is turned towards that of variation_seed + i.
+            variation_strength: how far, in [0, 1].
             generator: instead of a seed, as in diffusers: one a picture, or one for all, which
                 then makes a picture depend on those before it.
             latents: the starting noise itself, standard normal, b l h w.
@@ -245,6 +189,9 @@ class LatentDiffusionPipeline:
             eta: of DDIM, in [0, 1].
             variance: of DDPM's steps: beta tilde (`fixed_small`) or beta (`fixed_large`).
             clip_skip: layers of the text encoder left out at its end.
+            long_prompts: `truncate` drops what lies beyond the text encoder's limit, and logs it;
+                `chunk` encodes a long prompt in pieces.
+            prompt_weights: read `(word:1.3)`, `(word)` and `[word]` as weights; see `ldm.prompts`.
             batch_size: pictures at a time; all at once when not given. It changes no picture,
                 unless one generator serves them all.
             output_type: `pil`, `np`, `pt` or `latent`.
@@ -254,67 +201,97 @@ class LatentDiffusionPipeline:
         Raises:
             ConfigError: an argument that cannot be used; the line says which and why.
         """
-        given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        chosen = self.defaults | {k: v for k, v in given.items() if v is not None}
-        steps, scale = chosen["num_inference_steps"], chosen["guidance_scale"]
-        factor, side = self.vae.config.downsample_factor, self.unet.config.sample_size
-        height = side * factor if height is None else height
-        width = side * factor if width is None else width
-        check_size(height, width, factor)
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ConfigError(f"output_type is '{output_type}'; choose pil, np, pt or latent")
+        # Whatever can be refused is refused before anything is computed.
         for name, number in (
             ("num_images_per_prompt", num_images_per_prompt),
             ("batch_size", batch_size),
         ):
             if number is not None and number < 1:
                 raise ConfigError(f"{name} is {number}; it must be 1 or more")
-        spec = get_sampler(sampler)
-        spacing = timestep_spacing or self.schedule.config.timestep_spacing
-        sigmas = spec.grid(self.schedule, steps, spacing)
-
-        context, negative = self._contexts(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, scale, clip_skip
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ConfigError(f"output_type is '{output_type}'; choose pil, np, pt or latent")
+        height, width, strength = self._size(image, mask_image, height, width, strength)
+        given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        settings = Settings(
+            **self.defaults | {k: v for k, v in given.items() if v is not None},
+            sampler=sampler,
+            timestep_spacing=timestep_spacing or self.schedule.config.timestep_spacing,
+            width=width,
+            height=height,
+            strength=strength,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            dynamic_threshold=dynamic_threshold,
+            eta=eta,
+            variance=variance,
+            clip_skip=clip_skip,
+            long_prompts=long_prompts,
+            prompt_weights=prompt_weights,
         )
-        context = context.repeat_interleave(num_images_per_prompt, 0)  # b n d
-        if negative is not None:
-            negative = negative.repeat_interleave(num_images_per_prompt, 0)  # b n d
-        count = len(context)
-        shape = (self.vae.config.latent_channels, height // factor, width // factor)
-        generators, seeds = _generators(seed, generator, count)
-        if latents is None:
-            latents = torch.stack([image_noise(g, shape) for g in generators])  # b l h w
-        else:
-            _check_shape("latents", latents, (count, *shape))
+        run = _Run(settings, settings.grid(self.schedule), callback_on_step_end)
+        embeds = (prompt_embeds, negative_prompt_embeds)
+        contexts = self._contexts(prompt, negative_prompt, *embeds, settings)
+        contexts = [pair for pair in contexts for _ in range(num_images_per_prompt)]
+        begun = start(
+            (len(contexts), *self.latent_shape(height, width)),
+            seed=seed,
+            generator=generator,
+            latents=latents,
+            variation_seed=variation_seed,
+            variation_strength=variation_strength,
+        )
+        known, mask, extra = self._known(image, mask_image, settings, len(contexts))
 
         self._interrupt = False
-        options = {"eta": eta, "variance": variance}
-        options = {name: value for name, value in options.items() if name in spec.options}
-        chunks = []
-        for start in range(0, count, batch_size or count):
-            part = slice(start, start + (batch_size or count))
-            chunks.append(
-                self._denoise(
-                    latents[part], sigmas, spec, spacing, context[part],
-                    None if negative is None else negative[part], scale, guidance_rescale,
-                    generators[part], options, callback_on_step_end,
-                )
-            )  # fmt: skip
+        chunks, batches = [], []
+        for part in _batches([len(context) for context, _ in contexts], batch_size):
+            negatives = [negative for _, negative in contexts[part] if negative is not None]
+            batch = _Batch(
+                begun.noise[part],
+                begun.generators[part],
+                self._stack([context for context, _ in contexts[part]]),
+                self._stack(negatives) if negatives else None,
+                *(None if x is None else x[part] for x in (known, mask, extra)),
+            )
+            chunks.append(self.decode(self._denoise(batch, run), output_type))
+            size = part.stop - part.start
+            batches += [(place, size) for place in range(size)]
             if self._interrupt:
                 break
-        images = _output([self._decode(chunk, output_type) for chunk in chunks], output_type)
-        settings = {
-            "num_inference_steps": steps,
-            "sampler": sampler,
-            "timestep_spacing": spacing,
-            "guidance_scale": scale,
-            "width": width,
-            "height": height,
-        }
-        # What is off by default is said where it is on.
-        extras = {"guidance_rescale": guidance_rescale, "clip_skip": clip_skip, **options}
-        settings |= {k: v for k, v in extras.items() if v and v != "fixed_small"}
-        return PipelineOutput(images, seeds[: len(images)], settings)
+        images = _output(chunks, output_type)
+        made = settings.arguments()
+        if variation_strength:
+            made["variation_strength"] = variation_strength
+            made["variation_seed"] = begun.variation_seeds
+        return PipelineOutput(images, begun.seeds[: len(images)], made, batches)
+
+    def _size(
+        self,
+        image: ImageInput | None,
+        mask_image: ImageInput | None,
+        height: int | None,
+        width: int | None,
+        strength: float | None,
+    ) -> tuple[int, int, float | None]:
+        """Height and width in pixels, and the strength, None without an image."""
+        inpainting = self.unet.config.in_channels > self.vae.config.latent_channels
+        if inpainting and (image is None or mask_image is None):
+            raise ConfigError("this is an inpainting model: give image and mask_image")
+        if image is None and (mask_image is not None or strength is not None):
+            given = "strength" if mask_image is None else "mask_image"
+            raise ConfigError(f"{given} is given but no image; give image, too")
+        factor = self.vae.config.downsample_factor
+        own = (self.unet.config.sample_size * factor,) * 2
+        if image is not None:
+            own = size_of(image, factor, self.vae.config.latent_channels)
+            usual = 0.8 if mask_image is None else 1.0
+            strength = usual if strength is None else strength
+        height = own[0] if height is None else height
+        width = own[1] if width is None else width
+        check_size(height, width, factor)
+        return height, width, strength
 
     def _contexts(
         self,
@@ -322,156 +299,173 @@ class LatentDiffusionPipeline:
         negative_prompt: str | Sequence[str] | None,
         prompt_embeds: Tensor | None,
         negative_embeds: Tensor | None,
-        scale: float,
-        clip_skip: int | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Contexts of the prompts and of the negative prompts (None without guidance), b n d."""
+        settings: Settings,
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Context n d of each prompt and of its negative prompt (None without guidance)."""
         if (prompt is None) == (prompt_embeds is None):
             raise ConfigError("give prompt or prompt_embeds, one of the two")
-        width = self.unet.config.cross_attention_dim
-        context = prompt_embeds
-        if context is None:
-            context = self._encode(_listed(prompt), clip_skip)
-        elif context.ndim != 3 or context.shape[-1] != width:
-            raise ConfigError(
-                f"prompt_embeds have shape {tuple(context.shape)}; this model needs (b, n, {width})"
-            )
-        context = context.to(self.device, self.dtype)
-        if scale <= 1:
-            return context, None
+        contexts = (
+            self._encode(as_list(prompt), settings)
+            if prompt_embeds is None
+            else self._embeds("prompt_embeds", prompt_embeds)
+        )
+        if settings.guidance_scale <= 1:
+            return [(context, None) for context in contexts]
         if negative_embeds is None:
-            words = _listed(negative_prompt)
-            if len(words) not in (1, len(context)):
-                raise ConfigError(
-                    f"{len(words)} negative prompts for {len(context)} prompts; one or one each"
-                )
-            negative_embeds = self._encode(words, clip_skip)
-        if len(negative_embeds) != 1 or negative_embeds.shape[1:] != context.shape[1:]:
-            _check_shape("negative_prompt_embeds", negative_embeds, tuple(context.shape))
-        negative = negative_embeds.to(self.device, self.dtype)
-        return context, negative.expand(len(context), -1, -1)
+            negatives = self._encode(as_list(negative_prompt), settings)
+        else:
+            negatives = self._embeds("negative_prompt_embeds", negative_embeds)
+        if len(negatives) not in (1, len(contexts)):
+            raise ConfigError(
+                f"{len(negatives)} negative prompts for {len(contexts)} prompts; one or one each"
+            )
+        negatives = negatives * (len(contexts) // len(negatives))
+        with self._at_work(self.text_encoder):
+            return [self._equal(*pair, settings) for pair in zip(contexts, negatives, strict=True)]
 
-    def _encode(self, prompts: list[str], clip_skip: int | None) -> Tensor:
-        for text in prompts:
-            if dropped := self.text_encoder.dropped(text):
-                limit = self.text_encoder.max_tokens
-                logger.warning("beyond the %d tokens of a prompt, not seen: %s", limit, dropped)
-        unique = list(dict.fromkeys(prompts))
-        encoded = self.text_encoder.encode(unique, clip_skip)  # m n d
-        return encoded[[unique.index(text) for text in prompts]]  # b n d
+    def _stack(self, contexts: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(contexts)).to(self.device, self.dtype)  # b n d
 
-    def _denoise(
+    def _embeds(self, name: str, embeds: Tensor) -> list[Tensor]:
+        width = self.unet.config.cross_attention_dim
+        if embeds.ndim != 3 or embeds.shape[-1] != width:
+            raise ConfigError(
+                f"{name} have shape {tuple(embeds.shape)}; this model needs (b, n, {width})"
+            )
+        return list(embeds)
+
+    def _encode(self, prompts: list[str], settings: Settings) -> list[Tensor]:
+        if settings.long_prompts == "truncate":
+            for text in prompts:
+                if dropped := self.text_encoder.dropped(
+                    text, prompt_weights=settings.prompt_weights
+                ):
+                    limit = self.text_encoder.max_tokens
+                    logger.warning("beyond the %d tokens of a prompt, not seen: %s", limit, dropped)
+        with self._at_work(self.text_encoder):
+            return self.text_encoder.contexts(
+                prompts,
+                clip_skip=settings.clip_skip,
+                prompt_weights=settings.prompt_weights,
+                long_prompts=settings.long_prompts,
+            )  # n d each
+
+    def _equal(
+        self, context: Tensor, negative: Tensor, settings: Settings
+    ) -> tuple[Tensor, Tensor]:
+        """Both with as many tokens as the longer one, n d."""
+        n, skip = max(len(context), len(negative)), settings.clip_skip
+        return self.text_encoder.pad(context, n, skip), self.text_encoder.pad(negative, n, skip)
+
+    def _known(
         self,
-        noise: Tensor,
-        sigmas: Tensor,
-        spec: SamplerSpec,
-        spacing: Spacing,
-        context: Tensor,
-        negative: Tensor | None,
-        scale: float,
-        rescale: float,
-        generators: Sequence[torch.Generator],
-        options: dict[str, Any],
-        on_step_end: StepCallback | None,
-    ) -> Tensor:
+        image: ImageInput | None,
+        mask_image: ImageInput | None,
+        settings: Settings,
+        count: int,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The image's latents, their mask, and what an inpainting model sees beside the noise.
+
+        Returns:
+            b l h w; b 1 h w, 1 where it is painted anew; b 1+l h w: the mask and the latents of
+            the image without what it hides. None for each that the call does not need.
+        """
+        if image is None:
+            return None, None, None
+        channels, factor = self.vae.config.latent_channels, self.vae.config.downsample_factor
+        height, width = settings.height, settings.width
+        if is_latents(image, channels):
+            known, pixels = torch.as_tensor(image).float().cpu(), None
+        else:
+            pixels = to_pixels(image, height, width)  # b 3 H W
+            known = self.encode(pixels)
+        known = per_picture("image", known, count)
+        if mask_image is None:
+            return known, None, None
+        mask = to_mask(mask_image, image, height, width)  # b 1 H W
+        # A latent pixel is kept only where all of its pixels are.
+        small = per_picture("mask_image", F.max_pool2d(mask, factor), count)  # b 1 h w
+        if self.unet.config.in_channels == channels:
+            return known, small, None
+        if pixels is None:
+            raise ConfigError("an inpainting model needs the image's pixels, not its latents")
+        hidden = self.encode(pixels * (mask < 0.5))
+        return known, None, torch.cat([small, per_picture("image", hidden, count)], 1)
+
+    def _denoise(self, batch: _Batch, run: _Run) -> Tensor:
         """Noise to scaled latents, b l h w; they are float32 whatever the network computes in."""
-        denoiser = Denoiser(self.unet, self.schedule, dtype=self.dtype)
-        denoise = guided(denoiser, context, negative, scale, rescale=rescale)
-        x = spec.initial_latents(noise.float(), sigmas[0].item(), spacing).to(self.device)
+        settings, sigmas = run.settings, run.sigmas
+        spec, high, reached = get_sampler(settings.sampler), sigmas[0].item(), sigmas[-1].item()
+        known, mask = (None if x is None else x.to(self.device) for x in (batch.known, batch.mask))
+        denoise = guided(
+            Denoiser(self._network(batch.extra), self.schedule, dtype=self.dtype),
+            batch.context,
+            batch.negative,
+            settings.guidance_scale,
+            rescale=settings.guidance_rescale,
+            interval=settings.guidance_interval,
+        )
+        if settings.dynamic_threshold is not None:
+            denoise = thresholded(denoise, *settings.dynamic_threshold)
+        if known is not None and mask is not None:
+            denoise = masked(denoise, mask, known)
+        noise = batch.noise.float().to(self.device)
+        x = spec.initial_latents(noise, high, settings.timestep_spacing)
+        if known is not None and not settings.from_noise:
+            x = known + high * noise
+        elif known is not None and mask is not None:
+            x = torch.where(mask > 0, x, known + high * noise)
 
         def fresh_noise() -> Tensor:
-            draws = [image_noise(g, tuple(noise.shape[1:])) for g in generators]
+            draws = [image_noise(g, tuple(x.shape[1:])) for g in batch.generators]
             return torch.stack(draws).to(self.device)  # b l h w
 
         bar = tqdm(total=len(sigmas) - 1, **self._progress)
-        reached = sigmas[-1].item()
 
         def callback(step: int, sigma: float, x: Tensor, x0: Tensor) -> Tensor | None:
             nonlocal reached
             bar.update()
-            if on_step_end is None:
+            if run.callback is None:
                 return None
             timestep = float(self.schedule.sigma_to_t(sigmas[step]))
             given = to_vp(x, sigma)
-            returned = on_step_end(self, step, timestep, {"latents": given})
-            latents = (returned or {}).get("latents", given)
+            state = {"latents": given, "pred_original_sample": x0}
+            latents = (run.callback(self, step, timestep, state) or {}).get("latents", given)
             x = x if latents is given else from_vp(latents, sigma)
             if self._interrupt:
                 reached = sigma
                 raise StopSampling(x)
             return x
 
-        with bar:
+        with bar, self._at_work(self.unet):
+            options = settings.sampler_options
             x = spec.sample(denoise, x, sigmas, noise=fresh_noise, callback=callback, **options)
-        return to_vp(x, reached)
+        x = to_vp(x, reached)
+        if known is not None and mask is not None and not self._interrupt:
+            x = torch.where(mask > 0, x, known)  # a last sigma above 0 leaves some noise there
+        return x
 
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return latents
-        vae_dtype = next(self.vae.parameters()).dtype
-        images = self.vae.decode(self.vae.unscale(latents).to(vae_dtype)).float()  # b 3 H W
-        if output_type == "pil":
-            return to_pil(images)
-        images = (images / 2 + 0.5).clamp(0, 1)
-        return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+    def _network(self, extra: Tensor | None) -> Network:
+        """The U-Net; that of an inpainting model is shown the mask and what it leaves as well."""
+        if extra is None:
+            return self.unet
+        shown = extra.to(self.device, self.dtype)  # b 1+l h w
 
+        def network(x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+            copies = len(x_t) // len(shown)  # guidance doubles the batch
+            return self.unet(torch.cat([x_t, shown.repeat(copies, 1, 1, 1)], 1), t, context)
 
-def check_parts(unet: UNet, vae: AutoencoderKL, text_encoder: TextEncoder) -> None:
-    """Refuse a U-Net that fits neither the VAE's latents nor the text encoder's width.
-
-    Raises:
-        ConfigError: they differ; the line says in what.
-    """
-    for name in ("in_channels", "out_channels"):
-        if getattr(unet.config, name) != vae.config.latent_channels:
-            raise ConfigError(
-                f"unet.{name} is {getattr(unet.config, name)} but the VAE's latents have"
-                f" {vae.config.latent_channels} channels; ldm draws only with equal ones"
-            )
-    if unet.config.cross_attention_dim != text_encoder.dim:
-        raise ConfigError(
-            f"unet.cross_attention_dim is {unet.config.cross_attention_dim} but the text encoder's"
-            f" width is {text_encoder.dim}; make them equal"
-        )
+        return network
 
 
-def _generators(
-    seed: int | Sequence[int] | None,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-    count: int,
-) -> tuple[list[torch.Generator], list[int]]:
-    """A generator for each picture, and the seeds, if that is what they came from."""
-    if seed is not None and generator is not None:
-        raise ConfigError("give seed or generator, one of the two")
-    if generator is not None:
-        each = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
-        if len(each) != count:
-            raise ConfigError(f"{len(each)} generators for {count} pictures; give one, or one each")
-        for other in {g.device.type for g in each} - {"cpu"}:
-            raise ConfigError(f"generator is on {other}; noise is drawn on the CPU, make it there")
-        return each, []
-    if seed is None:
-        seed = secrets.randbelow(2**31)
-    seeds = list(seed) if isinstance(seed, Sequence) else [int(seed) + i for i in range(count)]
-    if len(seeds) != count:
-        raise ConfigError(f"{len(seeds)} seeds for {count} pictures; give one number, or one each")
-    for wrong in (s for s in seeds if not 0 <= s < 2**63):
-        raise ConfigError(f"seed is {wrong}; it must lie between 0 and 2**63 - 1")
-    return [image_generator(s) for s in seeds], seeds
-
-
-def _listed(prompt: str | Sequence[str] | None) -> list[str]:
-    if prompt is None:
-        return [""]
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts:
-        raise ConfigError("the list of prompts is empty")
-    return prompts
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ConfigError(f"{name} have shape {tuple(tensor.shape)}; this call needs {shape}")
+def _batches(lengths: Sequence[int], size: int | None) -> Iterator[slice]:
+    """Runs of pictures whose contexts have the same length, `size` at most."""
+    begin = 0
+    for _, run in groupby(lengths):
+        end = begin + len(list(run))
+        for first in range(begin, end, size or end - begin):
+            yield slice(first, min(first + (size or end), end))
+        begin = end
 
 
 def _output(chunks: list[Any], output_type: str) -> Any:

@@ -64,3 +64,23 @@ def image_noise(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Ten
     import torch
 
     return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, amount: float) -> torch.Tensor:
+    """From noise a to noise b along the great circle, so that what lies between is noise as well.
+
+    Args:
+        a: noises, b c h w; each sample turns on a circle of its own.
+        b: likewise.
+        amount: 0 gives a, 1 gives b.
+
+    Source: Shoemake 1985, section 3.3.
+    """
+
+    flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()  # b n
+    cosine = (flat_a * flat_b).sum(1) / (flat_a.norm(dim=1) * flat_b.norm(dim=1))  # b
+    # The least angle stands for none: between equal noises the straight line is the circle.
+    angle = cosine.clamp(-1, 1).acos().clamp(min=1e-8)[:, None]  # b 1
+    share_a, share_b = ((1 - amount) * angle).sin(), (amount * angle).sin()
+    mixed = (share_a * flat_a + share_b * flat_b) / angle.sin()
+    return mixed.reshape(a.shape).to(a.dtype)

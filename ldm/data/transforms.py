@@ -7,37 +7,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from ldm.errors import ConfigError, DataError, suggest
+from ldm.images import from_pil, to_rgb
 from ldm.rng import Draws
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture as a viewer shows it: upright, on white, 8 bits a channel, RGB.
-
-    EXIF rotation is applied; whatever is transparent is laid over white; 16-bit grey is scaled by
-    1 / 257; 1-bit, palette, grey and CMYK pictures are converted.
-
-    Raises:
-        DataError: the pixels cannot be read.
-    """
-    try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            return _from_deep_grey(image)
-        if image.has_transparency_data:
-            # Resampling comes later, so that hidden colours never bleed into the visible ones.
-            colors = image.convert("RGBA")
-            white = Image.new("RGBA", colors.size, (255, 255, 255, 255))
-            return Image.alpha_composite(white, colors).convert("RGB")
-        return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"the picture is damaged or cut short ({error})") from error
 
 
 def prepare(
@@ -91,13 +68,6 @@ def prepare(
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling[name])
     image = image.crop((left, top, left + resolution, top + resolution))
-    pixels = np.asarray(image, dtype=np.float32)
     if random_flip and mirror < 0.5:
-        pixels = pixels[:, ::-1]
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)) / 127.5 - 1)  # c h w
-
-
-def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """16-bit grey, in any of PIL's integer modes, to RGB; PIL itself would clip it at 255."""
-    grey = (np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
+        image = ImageOps.mirror(image)
+    return from_pil(image)

@@ -17,12 +17,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.config import AutoencoderConfig
-from ldm.errors import ConfigError
 from ldm.models.attention import PixelAttention
 from ldm.models.layers import Downsample, Recomputing, ResnetBlock, Upsample
 
@@ -119,40 +117,6 @@ class AutoencoderKL(Recomputing):
     def unscale(self, scaled: Tensor) -> Tensor:
         """Scaled latents to raw latents."""
         return scaled / self.config.scaling_factor + self.config.shift_factor
-
-    def decode_tiled(self, latents: Tensor, tile: int = 64, overlap: int = 16) -> Tensor:
-        """`decode` in overlapping square tiles, so that memory does not grow with the picture.
-
-        Neighbours fade linearly into each other. Tiles do not see beyond their borders, so the
-        result is near to `decode`'s, and equal to it only where one tile suffices.
-
-        Args:
-            latents: raw latents `b l h w`.
-            tile: side of a tile, in latent pixels.
-            overlap: least overlap of two neighbours, in latent pixels.
-
-        Returns:
-            Pictures `b 3 h*f w*f`.
-
-        Raises:
-            ConfigError: unless 0 < overlap < tile.
-        """
-        if not 0 < overlap < tile:
-            raise ConfigError(
-                f"decode_tiled: overlap is {overlap} and tile {tile}; need 0 < overlap < tile"
-            )
-        b, _, h, w = latents.shape
-        if max(h, w) <= tile:
-            return self.decode(latents)
-        f = self.config.downsample_factor
-        images = latents.new_zeros(b, self.config.out_channels, h * f, w * f)  # b 3 h*f w*f
-        for rows, fade_rows in _tiles(h, tile, overlap, f, latents.device):
-            for columns, fade_columns in _tiles(w, tile, overlap, f, latents.device):
-                piece = self.decode(latents[:, :, rows, columns])  # b 3 tile*f tile*f
-                weight = (fade_rows[:, None] * fade_columns).to(piece.dtype)  # tile*f tile*f
-                y, x = rows.start * f, columns.start * f
-                images[:, :, y : y + len(fade_rows), x : x + len(fade_columns)] += piece * weight
-        return images
 
 
 class Encoder(Recomputing):
@@ -265,24 +229,3 @@ class Middle(Recomputing):
 
 def _resnet(config: AutoencoderConfig, in_channels: int, out_channels: int) -> ResnetBlock:
     return ResnetBlock(in_channels, out_channels, None, config.norm_num_groups, _EPS)
-
-
-def _tiles(
-    length: int, tile: int, overlap: int, f: int, device: torch.device
-) -> list[tuple[slice, Tensor]]:
-    """Tiles along one side: their latent pixels, and the weight of each of their picture pixels.
-
-    The weights rise and fall linearly over the least overlap, and add up to one everywhere.
-    """
-    tile = min(tile, length)
-    count = -(-(length - overlap) // (tile - overlap)) if length > tile else 1
-    starts = [round(i * (length - tile) / max(count - 1, 1)) for i in range(count)]
-    ramp = (torch.arange(tile * f, device=device) + 0.5) / (overlap * f)
-    fade = torch.minimum(ramp, ramp.flip(0)).clamp(max=1.0)  # tile*f
-    total = torch.zeros(length * f, device=device)
-    for start in starts:
-        total[start * f : (start + tile) * f] += fade
-    return [
-        (slice(start, start + tile), fade / total[start * f : (start + tile) * f])
-        for start in starts
-    ]

@@ -24,9 +24,10 @@ from ldm.diffusion.loss import diffusion_loss
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import ConfigError
 from ldm.images import image_grid
+from ldm.model import check_parts
 from ldm.models.autoencoder import DiagonalGaussian
 from ldm.models.unet import UNet
-from ldm.pipeline import LatentDiffusionPipeline, check_parts
+from ldm.pipeline import LatentDiffusionPipeline
 from ldm.rng import Draws
 from ldm.training.config import UNetTraining, check_resolution
 from ldm.training.stage import Batch, Stage, load_sample
@@ -178,6 +179,11 @@ class UNetStage(Stage):
     def _check(self) -> None:
         """The parts must fit each other, and the pictures the parts."""
         check_parts(self.unet, self.vae, self.text_encoder)
+        if (channels := self.unet.config.in_channels) != self.unet.config.out_channels:
+            raise ConfigError(
+                f"unet.in_channels is {channels}: an inpainting model draws here, but this stage"
+                " trains only what sees nothing beside the noisy latents"
+            )
         check_resolution(self.config.resolution, self.vae.config.downsample_factor)
         side = self.config.resolution // self.vae.config.downsample_factor
         if self.config.unet is not None and self.config.unet.sample_size != side:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL as Reference
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal, kl_divergence
 
 from ldm.config import PRESETS, AutoencoderConfig
-from ldm.errors import ConfigError
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 
 F8 = AutoencoderConfig(block_out_channels=(16, 32, 64, 64), norm_num_groups=8)
@@ -141,69 +139,6 @@ def test_scale_in_closed_form_and_back() -> None:
 def test_last_layer_is_the_decoders_last_convolution() -> None:
     vae = AutoencoderKL(F2)
     assert vae.last_layer is dict(vae.named_parameters())["decoder.conv_out.weight"]
-
-
-@torch.no_grad()
-def test_one_tile_equals_plain_decode() -> None:
-    vae, _ = pair(F8)
-    latents = normal(2, 4, 8, 5)
-    assert torch.equal(vae.decode_tiled(latents, tile=8, overlap=2), vae.decode(latents))
-
-
-@pytest.mark.parametrize(("h", "w"), [(24, 24), (29, 8), (5, 40), (17, 23)])
-def test_tiles_of_a_local_decoder_leave_no_trace(
-    h: int, w: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A decoder that sees one pixel at a time: the blend must give back its picture."""
-    vae = AutoencoderKL(F2)
-    seen: list[tuple[int, int]] = []
-
-    def decode(latents: Tensor) -> Tensor:
-        seen.append((latents.shape[2], latents.shape[3]))
-        return F.interpolate(latents, scale_factor=2)
-
-    monkeypatch.setattr(vae, "decode", decode)
-    latents = normal(2, 3, h, w)
-    tiled = vae.decode_tiled(latents, tile=8, overlap=3)
-    torch.testing.assert_close(tiled, F.interpolate(latents, scale_factor=2))
-    assert len(seen) > 1 and max(max(size) for size in seen) == 8  # memory is a tile's
-
-
-def test_tiles_of_different_brightness_fade_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each tile a flat grey of its own: the steepest step is that of a linear fade."""
-    vae = AutoencoderKL(F2)
-    greys: list[float] = []
-
-    def decode(latents: Tensor) -> Tensor:
-        greys.append(float(len(greys) % 2))  # neighbours in a row differ by one
-        return F.interpolate(torch.full_like(latents, greys[-1]), scale_factor=2)
-
-    monkeypatch.setattr(vae, "decode", decode)
-    tiled = vae.decode_tiled(torch.zeros(1, 3, 8, 28), tile=8, overlap=3)
-    assert tiled.min() == 0 and tiled.max() == 1
-    assert len(greys) == 5
-    # the least overlap is 6 picture pixels; a hard seam would step by 1
-    torch.testing.assert_close(tiled.diff(dim=-1).abs().max(), torch.tensor(1 / 6))
-
-
-@torch.no_grad()
-def test_tiles_of_the_decoder_are_near_to_plain_decode() -> None:
-    vae, _ = pair(F2)
-    y, x = torch.meshgrid(torch.linspace(-2, 2, 48), torch.linspace(-2, 2, 48), indexing="ij")
-    latents = torch.stack([y.sin(), x.cos(), (x * y).sin()])[None] + 0.3 * normal(1, 3, 48, 48)
-    plain, tiled = vae.decode(latents), vae.decode_tiled(latents, tile=32, overlap=8)
-    assert (plain - tiled).abs().mean() < 0.1 * plain.std()
-    # tiles cover 0 to 32 and 16 to 48: where one ends, the picture steps no more than elsewhere
-    for image in (tiled, tiled.mT):
-        steps = image.diff(dim=-1).abs().mean(dim=(0, 1, 2))  # w-1
-        assert steps[[31, 63]].max() < 1.1 * steps.mean()
-
-
-@pytest.mark.parametrize("overlap", [0, 8, 9])
-def test_tiles_that_cannot_be_are_refused_in_one_line(overlap: int) -> None:
-    with pytest.raises(ConfigError, match="need 0 < overlap < tile") as caught:
-        AutoencoderKL(F2).decode_tiled(torch.zeros(1, 3, 16, 16), tile=8, overlap=overlap)
-    assert "\n" not in str(caught.value)
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:

@@ -220,7 +220,7 @@ def test_min_snr_weighs_the_training_loss_only(options):
     [
         ({"cross_attention_dim": 16}, "the text encoder's width is 32"),
         ({"in_channels": 9}, "unet.in_channels is 9"),
-        ({"out_channels": 3}, "unet.out_channels is 3"),
+        ({"out_channels": 3}, "takes 4 channels and gives 3"),
         ({"sample_size": 64}, "latents of 32 pixels have side 8"),
     ],
 )

@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.images import image_grid, parameters_text, read_parameters, save_png, to_pil
+from ldm.errors import DataError
+from ldm.images import image_grid, read_image, to_pil
 
 
 def test_to_pil_rounds_to_the_nearest_level():
@@ -47,35 +48,23 @@ def test_grid_is_as_square_as_can_be(count, columns):
     assert grid.size == (2 * columns, 2 * -(-count // columns))
 
 
-SETTINGS = {
-    "num_inference_steps": 30,
-    "sampler": "euler_a",
-    "timestep_spacing": "karras",
-    "guidance_scale": 3.5,
-    "width": 64,
-    "height": 32,
-}
+def test_read_image_as_a_viewer_shows_it(tmp_path):
+    """Upright, on white, 8 bits; the modes themselves are tested with the data's transforms."""
+    colors = Image.new("RGBA", (3, 2), (255, 0, 0, 0))
+    colors.putpixel((0, 0), (0, 0, 255, 255))
+    colors.save(tmp_path / "a.png")
+    exif = Image.Exif()
+    exif[0x112] = 6  # turn clockwise to see it
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "a.jpg", exif=exif)
+    image = read_image(tmp_path / "a.png")
+    assert image.mode == "RGB" and image.getpixel((0, 0)) == (0, 0, 255)
+    assert image.getpixel((1, 0)) == (255, 255, 255)
+    assert read_image(tmp_path / "a.jpg").size == (2, 3)
 
 
-@pytest.mark.parametrize(
-    "prompt", ["a red flower", "빨간 꽃 한 송이", "naïve — “quoted”, 100%\nrow"]
-)
-@pytest.mark.parametrize("negative", ["", "흐릿한"])
-def test_parameters_survive_in_a_png(tmp_path, prompt, negative):
-    text = parameters_text(prompt, negative, 7, SETTINGS)
-    lines = [prompt] + ([f"Negative prompt: {negative}"] if negative else [])
-    lines.append(
-        "Steps: 30, Sampler: euler_a, Schedule type: karras, CFG scale: 3.5, Seed: 7, Size: 64x32"
-    )
-    assert text == "\n".join(lines)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8))
-    save_png(image, tmp_path / "deep" / "a.png", text)
-    assert read_parameters(tmp_path / "deep" / "a.png") == text
-    with Image.open(tmp_path / "deep" / "a.png") as again:
-        np.testing.assert_array_equal(np.asarray(again), np.asarray(image))
-    assert b"iTXtparameters\0" in (tmp_path / "deep" / "a.png").read_bytes()
-
-
-def test_a_png_without_parameters(tmp_path):
-    save_png(Image.new("RGB", (2, 2)), tmp_path / "a.png")
-    assert read_parameters(tmp_path / "a.png") is None
+def test_read_image_refuses_in_one_line(tmp_path):
+    (tmp_path / "a.png").write_text("text")
+    with pytest.raises(DataError, match=r"a\.png cannot be read as a picture"):
+        read_image(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"no file .*b\.png"):
+        read_image(tmp_path / "b.png")

@@ -42,7 +42,8 @@ def noises(monkeypatch):
         drawn.setdefault(generator.initial_seed(), []).append(noise)
         return noise
 
-    monkeypatch.setattr("ldm.pipeline.image_noise", spy)
+    monkeypatch.setattr("ldm.inputs.image_noise", spy)  # the start
+    monkeypatch.setattr("ldm.pipeline.image_noise", spy)  # what samplers add
     return drawn
 
 
@@ -321,7 +322,8 @@ CONTEXT = torch.zeros(2, 77, 32)
         ({"prompt": []}, "list of prompts is empty"),
         ({"prompt": None, "prompt_embeds": CONTEXT[0]}, "prompt_embeds .* shape"),
         ({"prompt": None, "prompt_embeds": CONTEXT[..., :5]}, "prompt_embeds .* shape"),
-        ({"negative_prompt_embeds": CONTEXT}, "negative_prompt_embeds .* shape"),
+        ({"negative_prompt_embeds": CONTEXT}, "2 negative prompts for 1 prompts"),
+        ({"negative_prompt_embeds": CONTEXT[..., :5]}, "negative_prompt_embeds .* shape"),
         ({"negative_prompt": ["a", "b", "c"]}, "3 negative prompts for 1 prompts"),
         ({"generator": torch.Generator()}, "seed or generator"),
         ({"seed": None, "generator": generators(1, 2)}, "2 generators for 1 pictures"),
@@ -370,10 +372,11 @@ def test_settings_say_what_is_not_as_usual(tiny_pipeline):
 
 
 def test_parts_that_do_not_fit_are_refused(tiny_pipeline):
-    """Such as the nine channels of an inpainting model, before anything is drawn."""
+    """Such as the eight channels of a model that follows instructions, before anything is drawn."""
     parts = tiny_pipeline.components
     for change, words in (
-        ({"in_channels": 9}, "unet.in_channels is 9 but the VAE's latents have 4 channels"),
+        ({"in_channels": 8}, "takes 8 channels and gives 4, but the VAE's latents have 4"),
+        ({"out_channels": 3}, "takes 4 channels and gives 3"),
         ({"cross_attention_dim": 20}, "unet.cross_attention_dim is 20 but"),
     ):
         unet = UNet(replace(tiny_pipeline.unet.config, **change))

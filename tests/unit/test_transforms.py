@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.transforms import prepare, to_rgb
+from ldm.data.transforms import prepare
 from ldm.errors import ConfigError, DataError
+from ldm.images import to_rgb
 from ldm.rng import Draws
 
 RNG = np.random.default_rng(0)

@@ -1,0 +1,347 @@
+"""A text-to-image model: its parts, where they are, what changes them; pictures <-> latents.
+
+Legend: b pictures, l channels of the latents, h w their height and width, H W the pictures' own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoint.adapters import Adapters
+from ldm.checkpoint.folder import ModelParts, load_folder, save_folder
+from ldm.checkpoint.io import tensors_sha256
+from ldm.checkpoint.locate import locate_model
+from ldm.checkpoint.single_file import load_single_file
+from ldm.config import Prediction
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.errors import ConfigError
+from ldm.images import to_pil
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.banded import BandedAutoencoder
+from ldm.models.text_encoder import TextEncoder
+from ldm.models.unet import UNet
+
+logger = logging.getLogger(__name__)
+
+
+class Model:
+    """The four parts, read and written, moved, adapted, and the VAE's two ways.
+
+    Args:
+        unet: predicts what the schedule's `prediction_type` says.
+        vae: latents to pictures.
+        text_encoder: prompts to context.
+        schedule: the noise schedule that the U-Net was trained with.
+        defaults: `num_inference_steps` and `guidance_scale` that suit this model.
+
+    Raises:
+        ConfigError: the parts do not fit each other.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        vae: AutoencoderKL,
+        text_encoder: TextEncoder,
+        schedule: NoiseSchedule,
+        *,
+        defaults: Mapping[str, Any] | None = None,
+    ):
+        check_parts(unet, vae, text_encoder)
+        self.unet, self.vae, self.text_encoder, self.schedule = unet, vae, text_encoder, schedule
+        self.defaults = {"num_inference_steps": 50, "guidance_scale": 7.5} | dict(defaults or {})
+        self._adapters = Adapters(unet, text_encoder)
+        self._offload: torch.device | None = None
+        self._banded: BandedAutoencoder | None = None
+        self._slicing = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        torch_dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Open a model: a folder in the diffusers layout, a single `.safetensors` or `.ckpt` file,
+        `flowers`, or an `owner/name` of the hub.
+
+        Args:
+            pretrained_model_name_or_path: which model.
+            torch_dtype: what the model computes in.
+            variant: `fp16` reads the `.fp16.safetensors` files of a folder.
+            revision: branch, tag or commit on the hub.
+            local_files_only: never ask the network.
+
+        Raises:
+            ConfigError: there is no such model, or its parts do not fit each other.
+            CheckpointError: the model is incomplete, damaged, or of a kind that ldm has not.
+        """
+        model = locate_model(
+            pretrained_model_name_or_path,
+            variant=variant,
+            revision=revision,
+            local_files_only=local_files_only,
+        )
+        if model.is_file():
+            return cls.from_single_file(model, torch_dtype=torch_dtype)
+        return cls._of(load_folder(model, dtype=torch_dtype, variant=variant))
+
+    @classmethod
+    def from_single_file(
+        cls,
+        file: str | Path,
+        *,
+        torch_dtype: torch.dtype = torch.float32,
+        prediction_type: Prediction | None = None,
+        config: str | Path | None = None,
+        ema: bool | None = None,
+    ) -> Self:
+        """Open a single file of Stable Diffusion 1.x or 2.x, or one that ldm has written.
+
+        Args:
+            file: `.safetensors` or `.ckpt`.
+            torch_dtype: what the model computes in.
+            prediction_type: what the U-Net predicts, where neither the file nor a YAML says.
+            config: the YAML that came with the file; the one beside it when not given.
+            ema: of a file that has both, whether to draw with the averaged weights; True if None.
+
+        Raises:
+            CheckpointError: the file is damaged, of another kind of model, or its prediction type
+                is not known; see `ldm.checkpoint.single_file`.
+        """
+        parts = load_single_file(
+            file, prediction_type=prediction_type, config=config, ema=ema, dtype=torch_dtype
+        )
+        return cls._of(parts)
+
+    @classmethod
+    def _of(cls, parts: ModelParts) -> Self:
+        networks = (parts.unet, parts.vae, parts.text_encoder)
+        return cls(*networks, parts.schedule, defaults=parts.defaults)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write a model folder that ldm and diffusers open, in the dtype that the weights have.
+
+        Each component's folder is written whole or not at all, and the index last.
+        """
+        save_folder(ModelParts(**self.components), Path(save_directory))
+
+    def to(self, *args: Any, **options: Any) -> Self:
+        """Move the models to a device, a dtype or both, as `torch.nn.Module.to`; returns itself.
+
+        Raises:
+            ConfigError: this machine has no such device.
+        """
+        try:
+            torch.empty(0).to(*args, **options)
+        except (RuntimeError, AssertionError) as error:
+            said = str(error).split("\n")[0]
+            raise ConfigError(f"cannot move the model there: {said}") from None
+        self._offload = None
+        for model in (self.unet, self.vae, self.text_encoder):
+            model.to(*args, **options)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline draws."""
+        return self._offload or next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the U-Net computes in."""
+        return next(self.unet.parameters()).dtype
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts, by the names of `__init__`: `LatentDiffusionPipeline(**pipe.components)`."""
+        return {
+            "unet": self.unet,
+            "vae": self.vae,
+            "text_encoder": self.text_encoder,
+            "schedule": self.schedule,
+            "defaults": self.defaults,
+        }
+
+    def component_hashes(self) -> dict[str, str]:
+        """SHA-256 of each network's tensors, by the names of `components`; adapters included."""
+        parts = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
+        return {name: tensors_sha256(part.state_dict()) for name, part in parts.items()}
+
+    def load_lora_weights(
+        self, file: str | Path, weight: float = 1.0, name: str | None = None
+    ) -> str:
+        """Merge a LoRA file (kohya's, diffusers' or PEFT's) into the weights.
+
+        Args:
+            file: the LoRA.
+            weight: how strongly; several LoRAs add up.
+            name: to remove it by; the file's stem when not given.
+
+        Returns:
+            The name.
+
+        Raises:
+            CheckpointError: it does not fit this model, which is then as it was.
+        """
+        return self._adapters.add_lora(file, weight, name)
+
+    def unload_lora_weights(self, name: str | None = None) -> None:
+        """Take one LoRA, or all of them, out again: the weights are then what they were, in bits.
+
+        Raises:
+            ConfigError: there is none of this name.
+        """
+        self._adapters.remove_lora(name)
+
+    def load_textual_inversion(self, file: str | Path, token: str | None = None) -> str:
+        """Teach the text encoder a word.
+
+        Args:
+            file: AUTOMATIC1111's or diffusers' embedding.
+            token: the word; the file's own when not given.
+
+        Returns:
+            The word.
+
+        Raises:
+            CheckpointError: the embedding is of another width, or not readable.
+            ConfigError: the word is taken.
+        """
+        return self._adapters.add_textual_inversion(file, token)
+
+    def unload_textual_inversion(self, token: str | None = None) -> None:
+        """Forget one such word, or all of them."""
+        self._adapters.remove_textual_inversion(token)
+
+    def enable_vae_tiling(self, tile: int = 32) -> None:
+        """Encode and decode in bands of rows, which changes no picture: see `ldm.models.banded`.
+
+        Args:
+            tile: a band has as many pixels as a square tile of this side, in latent pixels.
+
+        Raises:
+            ConfigError: `tile` is not positive.
+        """
+        if tile < 1:
+            raise ConfigError(f"tile is {tile}; it must be 1 or more")
+        self._banded = BandedAutoencoder(self.vae, tile)
+
+    def disable_vae_tiling(self) -> None:
+        """Encode and decode pictures whole again."""
+        self._banded = None
+
+    def enable_vae_slicing(self) -> None:
+        """Encode and decode one picture at a time."""
+        self._slicing = True
+
+    def disable_vae_slicing(self) -> None:
+        """Encode and decode a batch at a time again."""
+        self._slicing = False
+
+    def enable_model_cpu_offload(self, device: str | torch.device = "cuda") -> None:
+        """Keep every part on the CPU but for the time that it works on this device.
+
+        Raises:
+            ConfigError: this machine has no such device.
+        """
+        self.to(device)
+        self.to("cpu")
+        self._offload = torch.device(device)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
+        """Scaled latents b l h w to pictures.
+
+        Args:
+            latents: on any device.
+            output_type: as of a call.
+
+        Raises:
+            ConfigError: they are not finite, as when the U-Net overflows in half precision.
+        """
+        if output_type == "latent":
+            return latents
+        if not latents.isfinite().all():
+            raise ConfigError(f"the U-Net overflows in {self.dtype}; draw in bfloat16 or float32")
+        raw = self.vae.unscale(latents)
+        vae = self._banded or self.vae
+        images = torch.cat([self._through_vae(vae.decode, piece) for piece in self._sliced(raw)])
+        if output_type == "pil":
+            return to_pil(images)
+        images = (images / 2 + 0.5).clamp(0, 1)
+        return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pictures b 3 H W in [-1, 1] to their likeliest scaled latents b l h w, on the CPU."""
+        vae, pieces = self._banded or self.vae, self._sliced(pixels)
+        raw = [self._through_vae(lambda x: vae.encode(x).mode(), piece) for piece in pieces]
+        return self.vae.scale(torch.cat(raw)).cpu()
+
+    def latent_shape(
+        self, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int]:
+        """Shape l h w of the latents of a picture of this size in pixels, or of the model's."""
+        factor, side = self.vae.config.downsample_factor, self.unet.config.sample_size
+        h, w = (side if size is None else size // factor for size in (height, width))
+        return self.vae.config.latent_channels, h, w
+
+    def _sliced(self, x: Tensor) -> Sequence[Tensor]:
+        return x.split(1 if self._slicing else len(x))
+
+    def _through_vae(self, work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """What the VAE makes of x, float32; where half precision overflows, made in float32."""
+        dtype = next(self.vae.parameters()).dtype
+        with self._at_work(self.vae):
+            result = work(x.to(self.device, dtype)).float()
+            if dtype == torch.float32 or result.isfinite().all():
+                return result
+            logger.warning("the VAE overflows in %s; it does this picture in float32", dtype)
+            self.vae.float()  # half precision survives the way there and back
+            try:
+                return work(x.to(self.device, torch.float32))
+            finally:
+                self.vae.to(dtype)
+
+    @contextmanager
+    def _at_work(self, part: nn.Module) -> Iterator[None]:
+        """With CPU offload, the part is on the device for this long only."""
+        if self._offload is None:
+            yield
+            return
+        part.to(self._offload)
+        try:
+            yield
+        finally:
+            part.to("cpu")
+
+
+def check_parts(unet: UNet, vae: AutoencoderKL, text_encoder: TextEncoder) -> None:
+    """Refuse a U-Net that fits neither the VAE's latents nor the text encoder's width.
+
+    Raises:
+        ConfigError: they differ; the line says in what.
+    """
+    channels = vae.config.latent_channels
+    inputs, outputs = unet.config.in_channels, unet.config.out_channels
+    if outputs != channels or inputs not in (channels, 2 * channels + 1):
+        raise ConfigError(
+            f"the U-Net takes {inputs} channels and gives {outputs}, but the VAE's latents have"
+            f" {channels}; ldm draws with {channels} in, or {2 * channels + 1} for inpainting"
+        )
+    if unet.config.cross_attention_dim != text_encoder.dim:
+        raise ConfigError(
+            f"unet.cross_attention_dim is {unet.config.cross_attention_dim} but the text encoder's"
+            f" width is {text_encoder.dim}; make them equal"
+        )
