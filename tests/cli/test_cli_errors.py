@@ -58,6 +58,16 @@ def place(tmp_path_factory):
     for i in range(5):
         Image.new("RGB", (8, 8)).save(place / "few" / f"{i}.png")
         (place / "few" / f"{i}.txt").write_text("a flower")
+    Image.new("RGB", (8, 8)).save(place / "photo.png")
+    Image.new("L", (8, 4)).save(place / "mask.png")
+    for name, line in {
+        "option": "--x 3",
+        "number": "--w big",
+        "size": "--w 30",
+        "steps": "--s 0",
+    }.items():
+        (place / f"{name}.txt").write_text(f"# comment\n\na flower {line}\n")
+    (place / "sampler.txt").write_text("a flower --ss eulr\n")
     (place / "bare").mkdir()
     Image.new("RGB", (8, 8)).save(place / "bare" / "0.png")
     return place
@@ -68,14 +78,36 @@ TXT2IMG = {
     "unknown spacing": ("--timestep_spacing kerras", "did you mean 'karras'"),
     "unknown dtype": ("--dtype bf61", "no dtype 'bf61'; did you mean 'bf16'"),
     "unknown model": ("--model ./flowrs", "no model './flowrs'"),
-    "model is a file": ("--model {place}/blank.txt", "blank.txt is a file; give a model folder"),
+    "model is a file": ("--model {place}/blank.txt", "blank.txt is a file, but no .safetensors"),
     "not a model": ("--model {place}/empty", "no file .*vae/config.json"),
     "width": ("--model {model} --width 30", "width is 30; it must be .* multiple of 4, such as 32"),
     "height": ("--model {model} --H 0", "height is 0; it must be a positive multiple of 4"),
+    "steps": ("--steps 0", "--num_inference_steps.*: 0 is out of range; it must be 1 or more"),
+    "seed": ("--seed -2", "--seed: -2 is out of range; it must be -1 or more"),
+    "eta": ("--eta 1.5", "--eta.*: 1.5 is out of range; it must be 0 to 1"),
+    "pictures": ("--n_samples 0", "--n_samples: 0 is out of range"),
+    "interval": ("--guidance_interval 3 1", "guidance_interval is 3 to 1; give the lower one"),
+    "variation": ("--variation_seed 3", "variation_seed needs --variation_strength"),
+    "sigmas": ("--sigmas 9,x", "--sigmas: 'x' is not a number of type float"),
+    "prediction": ("--prediction_type v", "no prediction_type 'v'; .*v_prediction"),
+    "prediction of a folder": ("--model {model} --prediction_type epsilon", "is a folder; config "),
+    "no lora": ("--lora {place}/no.safetensors:0.5", "no file .*no.safetensors; give one"),
+    "no embedding": ("--textual_inversion {place}/no.pt", "no file .*no.pt; give one"),
+    "settings of nothing": ("--settings_from {place}/no.png", "no file .*no.png"),
+    "settings of text": ("--settings_from {place}/blank.txt", "blank.txt cannot be read as a pict"),
+    "settings not said": ("--settings_from {place}/photo.png", "photo.png does not say how it was"),
+    "option in a file": ("--from-file {place}/option.txt", "option.txt, line 3: no option --x"),
+    "steps in a file": ("--from-file {place}/steps.txt", "line 3: --s: 0 is out of range"),
+    "number in a file": ("--from-file {place}/number.txt", "line 3: --w: 'big' is not a number"),
+    "size in a file": ("--model {model} --from-file {place}/size.txt", "line 3: width is 30; it"),
+    "sampler in a file": (
+        "--from-file {place}/sampler.txt",
+        "line 1: --ss: there is no sampler 'eulr'",
+    ),
     "prompt file": ("--from-file {place}/no.txt", "no file .*no.txt; --from-file wants a prompt"),
     "prompt encoding": ("--from-file {place}/latin1.txt", "latin1.txt is not UTF-8"),
     "misspelt option": ("--sampelr ddim", "--sampelr ddim; did you mean '--sampler'"),
-    "value": ("--steps ten", "--num_inference_steps.*invalid int value: 'ten'"),
+    "value": ("--steps ten", "--num_inference_steps.*'ten' is not a number of type int"),
     "outdir": ("--model {model} --outdir {place}/blank.txt", "cannot write to .*choose --outdir"),
 }
 
@@ -89,6 +121,44 @@ def test_txt2img(place, tiny_model_folder, arguments, message):
 def test_nothing_to_draw(place):
     for words in ([], ["--from-file", place / "blank.txt"]):
         assert_one_line(run("txt2img", *words), 'nothing to draw; say what, such as: .*"a red')
+
+
+TASKS = {
+    "no image": ("img2img", "required: --image"),
+    "image is missing": ("img2img --image {place}/no.png", "no file .*no.png"),
+    "image is text": ("img2img --image {place}/blank.txt", "blank.txt cannot be read as a picture"),
+    "strength": ("img2img --image {place}/photo.png --strength 1.5", "--strength: 1.5 is out of r"),
+    "strength is a word": ("img2img --image x --strength half", "'half' is not a number of"),
+    "no mask": ("inpaint --image {place}/photo.png", "give --mask_image or --outpaint, one of"),
+    "mask and margin": (
+        "inpaint --image {place}/photo.png --mask {place}/mask.png --outpaint 4 4 4 4",
+        "give --mask_image or --outpaint, one of the two",
+    ),
+    "no margin": ("inpaint --image {place}/photo.png --outpaint 0 0 0 0", "outpaint is 0 on every"),
+    "margin": ("inpaint --image {place}/photo.png --outpaint 4 4 4", "--outpaint: expected 4 arg"),
+    "mask is text": (
+        "inpaint --image {place}/photo.png --mask {place}/blank.txt", "blank.txt cannot be read",
+    ),
+    "mask of another size": (
+        "inpaint --image {place}/photo.png --mask {place}/mask.png",
+        "mask_image is 8x4 and image 8x8; make them equal",
+    ),
+    "one key": ("interpolate", "1 prompts and 1 seeds; give two or more"),
+    "keys that do not fit": ("interpolate --prompt b --seeds 1,2,3", "2 prompts and 3 seeds"),
+    "frames": ("interpolate --prompt b --frames 1", "--frames: 1 is out of range"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "message"), TASKS.values(), ids=TASKS.keys())
+def test_tasks(place, words, message):
+    script, *words = words.format(place=place).split()
+    assert_one_line(run(script, "a flower", *words, cwd=place), message)
+
+
+def test_verify(place):
+    assert_one_line(run("verify"), "required: PICTURE")
+    assert_one_line(run("verify", place / "no.png"), "no file .*no.png")
+    assert_one_line(run("verify", place / "photo.png"), "photo.png has no record of how ldm made")
 
 
 TRAIN = {
@@ -136,7 +206,7 @@ def test_help_loads_nothing_heavy(script):
     assert process.returncode == 0 and process.stderr == ""
     assert process.stdout.splitlines()[-1] == "heavy:"
     assert "--" in process.stdout and "usage:" in process.stdout.lower()
-    assert set(SCRIPTS) >= {"evaluate", "train", "txt2img", "web"}
+    assert set(SCRIPTS) >= {"evaluate", "img2img", "inpaint", "interpolate", "train", "txt2img"}
 
 
 def test_help_of_each_stage_lists_its_own_options():

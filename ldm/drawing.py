@@ -1,0 +1,242 @@
+"""From options to files: open the model, draw, and write pictures that say how they were made.
+
+Imports no torch until a model is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import count, groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from ldm import __version__
+from ldm.checkpoint.locate import locate_model
+from ldm.errors import ConfigError
+from ldm.images import image_grid, read_image
+from ldm.metadata import file_hash, parameters_text, save_picture
+from ldm.options import DTYPES, Picture, input_files, plan, split_weight
+
+if TYPE_CHECKING:
+    from ldm.pipeline import LatentDiffusionPipeline, PipelineOutput
+
+# What a picture depends on beside the arguments of the call.
+INPUTS = ("model", "config", "variant", "prediction_type", "lora", "textual_inversion")
+INPUTS += ("vae_tiling", "cpu_offload", "image", "mask_image", "outpaint")
+
+
+def read_inputs(options: Namespace) -> dict[str, Image.Image]:
+    """The pictures that a task starts from: `image` and `mask_image` of the call.
+
+    Raises:
+        ConfigError: the mask has another size than the picture.
+        DataError: one cannot be read.
+    """
+    names = [name for name in ("image", "mask_image") if getattr(options, name, None)]
+    inputs = {name: read_image(getattr(options, name)) for name in names}
+    if len({image.size for image in inputs.values()}) > 1:
+        (w, h), (width, height) = inputs["mask_image"].size, inputs["image"].size
+        raise ConfigError(f"mask_image is {w}x{h} and image {width}x{height}; make them equal")
+    return inputs
+
+
+def open_pipeline(options: Namespace) -> tuple[LatentDiffusionPipeline, dict[str, Any]]:
+    """Open the model with its adapters.
+
+    Returns:
+        the pipeline, and the part of a picture's record that says what it is drawn with.
+
+    Raises:
+        LdmError: the model or an adapter cannot be read, or they do not fit.
+    """
+    import torch
+    import transformers
+
+    from ldm.pipeline import LatentDiffusionPipeline
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    half = "bf16" if device == "cpu" else "fp16"
+    dtype = half if options.dtype == "half" else options.dtype
+    load: dict[str, Any] = {"torch_dtype": getattr(torch, DTYPES[dtype])}
+    model = locate_model(options.model, variant=options.variant)
+    if model.is_file():
+        load |= {"prediction_type": options.prediction_type, "config": options.config}
+        pipeline = LatentDiffusionPipeline.from_single_file(model, **load)
+    else:
+        load |= {"variant": options.variant}
+        pipeline = LatentDiffusionPipeline.from_pretrained(model, **load)
+    components = pipeline.component_hashes()  # before adapters change them
+    for file, weight in map(split_weight, options.lora):
+        pipeline.load_lora_weights(file, weight)
+    for file in options.textual_inversion:
+        pipeline.load_textual_inversion(file)
+    if options.vae_tiling:
+        pipeline.enable_vae_tiling()
+    if options.cpu_offload:
+        pipeline.enable_model_cpu_offload(device)
+    else:
+        pipeline.to(device)
+    inputs = {name: value for name in INPUTS if (value := getattr(options, name, None))}
+    schedule = json.dumps(asdict(pipeline.schedule.config), sort_keys=True)
+    return pipeline, {
+        "inputs": {k: str(v) if isinstance(v, Path) else v for k, v in inputs.items()},
+        "files": [{"file": f, "sha256": file_hash(f)} for f in input_files(options)],
+        "components": components,
+        "schedule": hashlib.sha256(schedule.encode()).hexdigest(),
+        "versions": {
+            "ldm": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "device": device,
+        "processor": _processor(device),
+        "dtype": dtype,
+    }
+
+
+def call_inputs(pipeline: LatentDiffusionPipeline, options: Namespace) -> dict[str, Image.Image]:
+    """What `read_inputs` gives, as the call takes it: padded for outpainting."""
+    inputs = read_inputs(options)
+    if not getattr(options, "outpaint", None):
+        return inputs
+    from ldm.tasks import outpainting
+
+    margins = dict(zip(("left", "right", "top", "bottom"), options.outpaint, strict=True))
+    factor = pipeline.vae.config.downsample_factor
+    image, mask = outpainting(inputs["image"], **margins, factor=factor)
+    return {"image": image, "mask_image": mask}
+
+
+def draw(
+    pipeline: LatentDiffusionPipeline, batch: Sequence[Picture], inputs: Mapping[str, Image.Image]
+) -> PipelineOutput:
+    """Draw pictures of the same settings, together.
+
+    Args:
+        pipeline: of `open_pipeline`.
+        batch: of `plan`.
+        inputs: of `call_inputs`.
+    """
+    arguments: dict[str, Any] = {**batch[0].settings, **inputs}
+    if batch[0].variation_seed is not None:
+        arguments["variation_seed"] = [picture.variation_seed for picture in batch]
+    return pipeline(
+        [picture.prompt for picture in batch],
+        negative_prompt=[picture.negative_prompt for picture in batch],
+        seed=[picture.seed for picture in batch],
+        **arguments,
+    )
+
+
+def draw_pictures(options: Namespace) -> None:
+    """Draw what the options ask for, write each batch as it is done, and say each file's seed.
+
+    Raises:
+        LdmError: whatever is wrong with the options, before the model is opened.
+    """
+    pictures, samples = plan(options), make_folder(options.outdir / "samples")
+    read_inputs(options)
+    pipeline, record = open_pipeline(options)
+    inputs, number = call_inputs(pipeline, options), count(next_number(samples))
+    grids: dict[tuple[int, int], list[Image.Image]] = {}
+    for batch in _batches(pictures, options, pipeline, inputs):
+        result = draw(pipeline, batch, inputs)
+        for i, (image, picture) in enumerate(zip(result.images, batch, strict=True)):
+            grids.setdefault(image.size, []).append(image)
+            if options.skip_save:
+                continue
+            file = samples / f"{next(number):05}.{options.format}"
+            own = _own_record(pipeline, picture, result, i) | record
+            save_picture(image, file, *([] if options.no_metadata else [_parameters(own), own]))
+            print(f"{file}  seed {picture.seed}  {picture.prompt}", flush=True)
+    for images in grids.values():
+        if len(images) > 1 and not options.skip_grid:
+            file = options.outdir / f"grid-{next_number(options.outdir, 'grid-'):04}.png"
+            image_grid(images, options.n_rows).save(file)
+            print(file)
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder to write to.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"cannot write to {folder} ({error.strerror})"
+        raise ConfigError(f"{reason}; choose --outdir") from None
+    return folder
+
+
+def next_number(folder: Path, prefix: str = "") -> int:
+    """One more than the highest number of what is called `<prefix><number>` in a folder."""
+    names = (path.stem.removeprefix(prefix) for path in folder.glob(f"{prefix}*"))
+    return max((int(name) for name in names if name.isdecimal()), default=-1) + 1
+
+
+def at_a_time(
+    options: Namespace,
+    pipeline: LatentDiffusionPipeline,
+    settings: Mapping[str, Any],
+    image: Image.Image | None = None,
+) -> int:
+    """How many pictures to draw together: what the user says, or about a megapixel."""
+    side = pipeline.unet.config.sample_size * pipeline.vae.config.downsample_factor
+    width, height = (side, side) if image is None else image.size
+    area = settings.get("width", width) * settings.get("height", height)
+    return options.batch_size or max(1, min(64, 2**20 // area))
+
+
+def _batches(
+    pictures: Sequence[Picture],
+    options: Namespace,
+    pipeline: LatentDiffusionPipeline,
+    inputs: Mapping[str, Image.Image],
+) -> Iterator[list[Picture]]:
+    """Pictures in a row that have the same settings, a few at a time."""
+    for settings, group in groupby(pictures, lambda picture: picture.settings):
+        row, size = list(group), at_a_time(options, pipeline, settings, inputs.get("image"))
+        yield from (row[start : start + size] for start in range(0, len(row), size))
+
+
+def _own_record(
+    pipeline: LatentDiffusionPipeline, picture: Picture, result: PipelineOutput, i: int
+) -> dict[str, Any]:
+    settings = result.settings_of(i)
+    record = {
+        "prompt": picture.prompt,
+        "negative_prompt": picture.negative_prompt,
+        "seed": settings.pop("seed"),
+        "settings": settings,
+        "batch": result.batches[i],
+    }
+    if settings.get("long_prompts") != "chunk":
+        weights = settings.get("prompt_weights", True)
+        dropped = pipeline.text_encoder.dropped(picture.prompt, prompt_weights=weights)
+        record |= {"dropped": dropped} if dropped else {}
+    return record
+
+
+def _parameters(record: dict[str, Any]) -> str:
+    what = (record[key] for key in ("prompt", "negative_prompt", "seed", "settings"))
+    model, unet = Path(record["inputs"]["model"]).stem, record["components"]["unet"]
+    return parameters_text(*what, model=model, model_hash=unet)
+
+
+def _processor(device: str) -> str:
+    """What decides, beside the versions, in which order numbers are added."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.backends.cpu.get_cpu_capability()}, threads {torch.get_num_threads()}"

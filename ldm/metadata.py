@@ -1,0 +1,349 @@
+"""What a picture's file says of how it was made: A1111's `parameters`, and a record of our own.
+
+AUTOMATIC1111's web UI keeps settings as text that every viewer shows and every site reads:
+
+    a red flower
+    Negative prompt: grey
+    Steps: 20, Sampler: Euler a, Schedule type: Karras, CFG scale: 7, Seed: 1, Size: 512x512
+
+Ours is JSON in a chunk called `ldm`; it holds all that `scripts/verify.py` needs. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ldm import __version__
+from ldm.errors import DataError
+
+RECORD = "ldm"  # the key of our own chunk
+SAMPLERS = {
+    "ddim": "DDIM",
+    "ddpm": "DDPM",
+    "plms": "PLMS",
+    "lms": "LMS",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpm2": "DPM2",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_2s_a": "DPM++ 2S a",
+    "dpmpp_sde": "DPM++ SDE",
+    "unipc": "UniPC",
+}
+"""Our samplers' names in the web UI. One that it does not have keeps its own."""
+SPACINGS = {
+    "leading": "DDIM",
+    "trailing": "SGM Uniform",
+    "linspace": "Uniform",
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "beta": "Beta",
+}
+"""Our timestep spacings as the web UI's schedule types."""
+AUTOMATIC = {
+    "ddim": "leading",
+    "plms": "leading",
+    "dpm2": "karras",
+    "dpmpp_2m": "karras",
+    "dpmpp_2m_sde": "exponential",
+    "dpmpp_2s_a": "karras",
+    "dpmpp_sde": "karras",
+}
+"""What the schedule type `Automatic` means there, where it is not `Uniform`."""
+_KEYS = {
+    "Steps": ("num_inference_steps", int),
+    "CFG scale": ("guidance_scale", float),
+    "Variation seed": ("variation_seed", int),
+    "Variation seed strength": ("variation_strength", float),
+    "Denoising strength": ("strength", float),
+    "Eta DDIM": ("eta", float),
+    "Eta": ("eta", float),
+}
+# Settings of ours that the web UI has not; their keys are our names with a capital.
+_OURS = ("guidance_rescale", "guidance_interval", "dynamic_threshold", "long_prompts", "variance")
+_OURS += ("timesteps", "sigmas")
+# They change no pixel, or belong to what the user chooses here: the model and its adapters.
+_SILENT = {"Model", "Model hash", "VAE", "VAE hash", "Version", "User", "Batch size", "Batch pos"}
+_SILENT |= {"Init image hash", "Lora hashes", "TI hashes", "Clip skip", "Sampler", "Schedule type"}
+_SILENT |= {"Seed", "Size", "RNG", "Emphasis"}
+_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>")
+_EXIF, _USER_COMMENT = 0x8769, 0x9286
+
+
+class Settings(NamedTuple):
+    """How a picture was made, as far as its file says.
+
+    Attributes:
+        prompt: what was drawn.
+        negative_prompt: what was not.
+        seed: the picture's own; None where the file does not say.
+        settings: further arguments of the pipeline's call.
+        not_understood: what else it says that changes the picture and that ldm cannot follow.
+    """
+
+    prompt: str
+    negative_prompt: str
+    seed: int | None
+    settings: dict[str, Any]
+    not_understood: list[str]
+
+
+def parameters_text(
+    prompt: str,
+    negative_prompt: str,
+    seed: int,
+    settings: Mapping[str, Any],
+    *,
+    model: str = "",
+    model_hash: str = "",
+) -> str:
+    """How a picture was made, in the web UI's words and grammar; `parse_parameters` reads it.
+
+    Args:
+        prompt: what was drawn.
+        negative_prompt: what was not.
+        seed: the picture's own.
+        settings: of `PipelineOutput`.
+        model: its name.
+        model_hash: SHA-256 of the U-Net; ten digits are shown.
+    """
+    rest = dict(settings)
+    shown: dict[str, Any] = {"Steps": rest.pop("num_inference_steps", None)}
+    sampler, spacing = rest.pop("sampler", None), rest.pop("timestep_spacing", None)
+    shown["Sampler"] = SAMPLERS.get(sampler, sampler)
+    shown["Schedule type"] = SPACINGS.get(spacing, spacing)
+    shown["CFG scale"] = rest.pop("guidance_scale", None)
+    shown["Seed"] = seed
+    if "width" in rest and "height" in rest:
+        shown["Size"] = f"{rest.pop('width')}x{rest.pop('height')}"
+    shown |= {"Model hash": model_hash[:10] or None, "Model": model or None}
+    if "eta" in rest:
+        shown["Eta DDIM" if sampler == "ddim" else "Eta"] = rest.pop("eta")
+    if (skip := rest.pop("clip_skip", None)) is not None:
+        shown["Clip skip"] = skip + 1  # there, 1 is the last layer; in diffusers, 0
+    if not rest.pop("prompt_weights", True):
+        shown["Emphasis"] = "None"
+    names = {name: key for key, (name, _) in _KEYS.items()}
+    shown |= {names.get(k, k.capitalize().replace("_", " ")): v for k, v in rest.items()}
+    shown |= {"RNG": "CPU", "Version": f"ldm {__version__}"}
+    pairs = ", ".join(
+        f"{key}: {_quoted(value)}" for key, value in shown.items() if value is not None
+    )
+    negative = f"\nNegative prompt: {negative_prompt}" if negative_prompt else ""
+    return f"{prompt}{negative}\n{pairs}".strip()
+
+
+def parse_parameters(text: str) -> Settings:
+    """Read `parameters` as ldm and every version of the web UI write them.
+
+    Args:
+        text: of the chunk.
+
+    Returns:
+        the settings; a value that cannot be read is under `not_understood`, never an error.
+    """
+    *lines, last = text.strip().split("\n")
+    if len(_PAIR.findall(last)) < 3:  # the web UI's own rule for text without settings
+        lines, last = [*lines, last], ""
+    start = next((i for i, s in enumerate(lines) if s.startswith("Negative prompt:")), len(lines))
+    prompt, negative = "\n".join(lines[:start]), "\n".join(lines[start:])
+    negative = negative.removeprefix("Negative prompt:")
+    found = {key: _unquoted(value) for key, value in _PAIR.findall(last)}
+    settings: dict[str, Any] = {}
+    odd: list[str] = []
+
+    def take(key: str, name: str, kind: Any) -> None:
+        try:
+            settings[name] = kind(found[key])
+        except ValueError:
+            odd.append(f"{key}: {found[key]}")
+
+    own = found.get("Version", "").startswith("ldm ")
+    if not own and last:
+        settings["long_prompts"] = "chunk"  # as the web UI always does
+        if found.get("RNG") != "CPU":
+            odd.append(f"RNG: {found.get('RNG', 'GPU')} (the same seed draws other noise here)")
+        odd += _NETWORK.findall(prompt)
+        prompt = _NETWORK.sub("", prompt)
+    _take_sampler(found, settings, odd, own)
+    for key, (name, kind) in _KEYS.items():
+        if key in found:
+            take(key, name, kind)
+    for name in _OURS:
+        if (key := name.capitalize().replace("_", " ")) in found:
+            take(key, name, _value)
+    if "Clip skip" in found:
+        take("Clip skip", "clip_skip", lambda value: int(value) - 1)
+    if size := re.fullmatch(r"(\d+)x(\d+)", found.get("Size", "")):
+        settings |= {"width": int(size[1]), "height": int(size[2])}
+    if found.get("Emphasis") == "None":
+        settings["prompt_weights"] = False
+    seed = found.get("Seed", "")
+    known = _SILENT | _KEYS.keys() | {name.capitalize().replace("_", " ") for name in _OURS}
+    odd += [f"{key}: {value}" for key, value in found.items() if key not in known]
+    return Settings(
+        prompt.strip(), negative.strip(), int(seed) if seed.isdecimal() else None, settings, odd
+    )
+
+
+def _take_sampler(
+    found: Mapping[str, str], settings: dict[str, Any], odd: list[str], own: bool
+) -> None:
+    """The sampler and its spacing, which before version 1.9 was a part of the sampler's name."""
+    samplers = _by_any_name(SAMPLERS)
+    spacings = _by_any_name(SPACINGS) | {"simple": "trailing", "normal": "linspace"}
+    shown, kind = found.get("Sampler", ""), found.get("Schedule type", "").lower()
+    name, spacing = shown.lower(), spacings.get(kind)
+    for end in ("karras", "exponential"):
+        if name.endswith(f" {end}"):
+            name, spacing = name.removesuffix(f" {end}"), spacing or end
+    sampler = samplers.get(name)
+    if sampler:
+        settings["sampler"] = sampler
+        if not spacing and not own:
+            usual = AUTOMATIC if kind else {"ddim": "leading", "plms": "leading"}
+            spacing = usual.get(sampler, "linspace")
+    elif shown:
+        odd.append(f"Sampler: {shown}")
+    if spacing:
+        settings["timestep_spacing"] = spacing
+    if kind not in ("", "automatic", *spacings):
+        odd.append(f"Schedule type: {found['Schedule type']}")
+
+
+def save_picture(
+    image: Image.Image,
+    file: Path,
+    parameters: str | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a picture, and in it how it was made.
+
+    A PNG keeps both as iTXt, which is UTF-8, so that prompts in any script survive; JPEG and WebP
+    keep `parameters` as the EXIF user comment, where the web UI looks for it.
+
+    Args:
+        image: 8-bit RGB.
+        file: its ending says the format: .png, .jpg or .webp.
+        parameters: of `parameters_text`.
+        record: JSON of our own; only a PNG holds it.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".png":
+        info = PngInfo()
+        if parameters:
+            info.add_itxt("parameters", parameters)
+        if record:
+            info.add_itxt(RECORD, json.dumps(record, ensure_ascii=False))
+        image.save(file, pnginfo=info)
+        return
+    exif = Image.Exif()
+    if parameters:
+        exif.get_ifd(_EXIF)[_USER_COMMENT] = b"UNICODE\0" + parameters.encode("utf-16-be")
+    image.save(file, exif=exif, quality=95)
+
+
+def read_parameters(file: Path) -> str | None:
+    """The `parameters` of a PNG, JPEG or WebP; None where it has none.
+
+    Raises:
+        DataError: there is no such picture.
+    """
+    with _opened(file) as image:
+        if text := image.info.get("parameters"):
+            return str(text)
+        comment = image.getexif().get_ifd(_EXIF).get(_USER_COMMENT)
+    if not isinstance(comment, bytes):
+        return comment
+    code, text = comment[:8], comment[8:]
+    if code != b"UNICODE\0":
+        return text.decode("utf-8", errors="replace").strip("\0 ") or None
+    # EXIF leaves the byte order open; Latin letters, digits and commas have a zero byte first
+    order = "be" if text[::2].count(0) >= text[1::2].count(0) else "le"
+    return text.decode(f"utf-16-{order}", errors="replace")
+
+
+def read_record(file: Path) -> dict[str, Any] | None:
+    """Our own record of a picture; None where it has none.
+
+    Raises:
+        DataError: there is no such picture, or its record is damaged.
+    """
+    with _opened(file) as image:
+        text = image.info.get(RECORD)
+    if text is None:
+        return None
+    record = _value(text)
+    if not isinstance(record, dict) or not record.keys() >= {"prompt", "seed", "settings"}:
+        raise DataError(f"{file}: its record of how it was made is damaged; draw it again")
+    return record
+
+
+def read_settings(file: Path) -> Settings:
+    """How a picture was made, from our own record or else from `parameters`.
+
+    Raises:
+        DataError: there is no such picture, or it says nothing.
+    """
+    if record := read_record(file):
+        negative = record.get("negative_prompt", "")
+        return Settings(record["prompt"], negative, record["seed"], record["settings"], [])
+    if text := read_parameters(file):
+        return parse_parameters(text)
+    raise DataError(f"{file} does not say how it was made; give a picture that has `parameters`")
+
+
+def file_hash(file: str | Path) -> str:
+    """SHA-256 of a file's bytes; of a folder's files, one after the other."""
+    folder = Path(file)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return sha256(b"".join(path.read_bytes() for path in files or [folder])).hexdigest()
+
+
+def _opened(file: Path) -> Image.Image:
+    try:
+        image = Image.open(file)
+        image.load()  # chunks may stand behind the pixels
+        return image
+    except FileNotFoundError:
+        raise DataError(f"no file {file}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file} cannot be read as a picture ({error})") from None
+
+
+def _by_any_name(names: Mapping[str, str]) -> dict[str, str]:
+    """Our name by the web UI's and by ours, in small letters."""
+    return {key.lower(): ours for ours, theirs in names.items() for key in (theirs, ours)}
+
+
+def _quoted(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = value if isinstance(value, str) else json.dumps(value)
+    return json.dumps(text, ensure_ascii=False) if re.search("[,\n:]", text) else text
+
+
+def _unquoted(text: str) -> str:
+    try:
+        return json.loads(text) if text.startswith('"') else text
+    except ValueError:
+        return text
+
+
+def _value(text: str) -> Any:
+    """A number or a list as JSON; any other text as it stands."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
