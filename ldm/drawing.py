@@ -47,32 +47,30 @@ def read_inputs(options: Namespace) -> dict[str, Image.Image]:
     return inputs
 
 
-def open_pipeline(options: Namespace) -> tuple[LatentDiffusionPipeline, dict[str, Any]]:
-    """Open the model with its adapters.
-
-    Returns:
-        the pipeline, and the part of a picture's record that says what it is drawn with.
+def open_model(options: Namespace) -> LatentDiffusionPipeline:
+    """The model as its files have it, on the CPU, in the dtype that the options ask for.
 
     Raises:
-        LdmError: the model or an adapter cannot be read, or they do not fit.
+        LdmError: it cannot be read.
     """
     import torch
-    import transformers
 
     from ldm.pipeline import LatentDiffusionPipeline
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    half = "bf16" if device == "cpu" else "fp16"
-    dtype = half if options.dtype == "half" else options.dtype
-    load: dict[str, Any] = {"torch_dtype": getattr(torch, DTYPES[dtype])}
+    load: dict[str, Any] = {"torch_dtype": getattr(torch, DTYPES[_dtype(options)])}
     model = locate_model(options.model, variant=options.variant)
     if model.is_file():
         load |= {"prediction_type": options.prediction_type, "config": options.config}
-        pipeline = LatentDiffusionPipeline.from_single_file(model, **load)
-    else:
-        load |= {"variant": options.variant}
-        pipeline = LatentDiffusionPipeline.from_pretrained(model, **load)
-    components = pipeline.component_hashes()  # before adapters change them
+        return LatentDiffusionPipeline.from_single_file(model, **load)
+    return LatentDiffusionPipeline.from_pretrained(model, **load, variant=options.variant)
+
+
+def prepare(pipeline: LatentDiffusionPipeline, options: Namespace) -> LatentDiffusionPipeline:
+    """Add the adapters, and move the model to where it draws; returns the pipeline.
+
+    Raises:
+        LdmError: an adapter cannot be read or does not fit, or there is no such device.
+    """
     for file, weight in map(split_weight, options.lora):
         pipeline.load_lora_weights(file, weight)
     for file in options.textual_inversion:
@@ -80,15 +78,28 @@ def open_pipeline(options: Namespace) -> tuple[LatentDiffusionPipeline, dict[str
     if options.vae_tiling:
         pipeline.enable_vae_tiling()
     if options.cpu_offload:
-        pipeline.enable_model_cpu_offload(device)
+        pipeline.enable_model_cpu_offload(_device(options))
     else:
-        pipeline.to(device)
+        pipeline.to(_device(options))
+    return pipeline
+
+
+def record_of(pipeline: LatentDiffusionPipeline, options: Namespace) -> dict[str, Any]:
+    """What pictures are drawn with: the part of their records that they share.
+
+    Args:
+        pipeline: of `open_model`, before adapters change it.
+        options: of the script.
+    """
+    import torch
+    import transformers
+
     inputs = {name: value for name in INPUTS if (value := getattr(options, name, None))}
     schedule = json.dumps(asdict(pipeline.schedule.config), sort_keys=True)
-    return pipeline, {
+    return {
         "inputs": {k: str(v) if isinstance(v, Path) else v for k, v in inputs.items()},
         "files": [{"file": f, "sha256": file_hash(f)} for f in input_files(options)],
-        "components": components,
+        "components": pipeline.component_hashes(),
         "schedule": hashlib.sha256(schedule.encode()).hexdigest(),
         "versions": {
             "ldm": __version__,
@@ -96,9 +107,9 @@ def open_pipeline(options: Namespace) -> tuple[LatentDiffusionPipeline, dict[str
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "device": device,
-        "processor": _processor(device),
-        "dtype": dtype,
+        "device": _device(options),
+        "processor": _processor(_device(options)),
+        "dtype": _dtype(options),
     }
 
 
@@ -121,7 +132,7 @@ def draw(
     """Draw pictures of the same settings, together.
 
     Args:
-        pipeline: of `open_pipeline`.
+        pipeline: ready to draw.
         batch: of `plan`.
         inputs: of `call_inputs`.
     """
@@ -144,7 +155,9 @@ def draw_pictures(options: Namespace) -> None:
     """
     pictures, samples = plan(options), make_folder(options.outdir / "samples")
     read_inputs(options)
-    pipeline, record = open_pipeline(options)
+    pipeline = open_model(options)
+    record = record_of(pipeline, options)
+    prepare(pipeline, options)
     inputs, number = call_inputs(pipeline, options), count(next_number(samples))
     grids: dict[tuple[int, int], list[Image.Image]] = {}
     for batch in _batches(pictures, options, pipeline, inputs):
@@ -231,6 +244,17 @@ def _parameters(record: dict[str, Any]) -> str:
     what = (record[key] for key in ("prompt", "negative_prompt", "seed", "settings"))
     model, unet = Path(record["inputs"]["model"]).stem, record["components"]["unet"]
     return parameters_text(*what, model=model, model_hash=unet)
+
+
+def _device(options: Namespace) -> str:
+    import torch
+
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtype(options: Namespace) -> str:
+    half = "bf16" if _device(options) == "cpu" else "fp16"
+    return half if options.dtype == "half" else options.dtype
 
 
 def _processor(device: str) -> str:

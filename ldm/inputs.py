@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm.config import SamplerName, Spacing
+from ldm.config import SamplerName, Spacing, Variance
 from ldm.diffusion.samplers import SamplerSpec, get_sampler
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import ConfigError, suggest
 from ldm.images import from_pil, to_rgb
+from ldm.prompts import LongPrompts
 from ldm.rng import image_generator, image_noise, slerp
 
 ImageInput = Image.Image | Sequence[Image.Image] | np.ndarray | Tensor
@@ -52,19 +53,33 @@ class Settings:
     guidance_interval: tuple[float, float] | None = None
     dynamic_threshold: tuple[float, float] | None = None
     eta: float = 0.0
-    variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
+    variance: Variance = "fixed_small"
     clip_skip: int | None = None
-    long_prompts: Literal["truncate", "chunk"] = "truncate"
+    long_prompts: LongPrompts = "truncate"
     prompt_weights: bool = True
 
     def __post_init__(self) -> None:
         if self.strength is not None and not 0 <= self.strength <= 1:
             raise ConfigError(f"strength is {self.strength}; it must be in [0, 1]")
-        if not 0 <= self.guidance_rescale <= 1:
-            raise ConfigError(f"guidance_rescale is {self.guidance_rescale}; it must be in [0, 1]")
-        if self.long_prompts not in ("truncate", "chunk"):
-            hint = suggest(self.long_prompts, ("truncate", "chunk"))
-            raise ConfigError(f"there is no long_prompts '{self.long_prompts}'; {hint}")
+        for name in ("guidance_rescale", "eta"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be in [0, 1]")
+        low, high = self.guidance_interval or (0, 1)
+        if not 0 <= low < high:
+            raise ConfigError(
+                f"guidance_interval is {low} to {high}; it must run from 0 or more up"
+            )
+        percentile, limit = self.dynamic_threshold or (1, 1)
+        if not (0 < percentile <= 1 and limit > 0):
+            raise ConfigError(
+                f"dynamic_threshold is {percentile} and {limit}; the percentile must be in (0, 1],"
+                " the limit above 0"
+            )
+        for name, choices in (("variance", Variance), ("long_prompts", LongPrompts)):
+            if (value := getattr(self, name)) not in get_args(choices):
+                raise ConfigError(
+                    f"there is no {name} '{value}'; {suggest(value, get_args(choices))}"
+                )
         get_sampler(self.sampler)
 
     @property

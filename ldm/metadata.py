@@ -81,7 +81,7 @@ _NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>")
 _EXIF, _USER_COMMENT = 0x8769, 0x9286
 
 
-class Settings(NamedTuple):
+class HowMade(NamedTuple):
     """How a picture was made, as far as its file says.
 
     Attributes:
@@ -144,7 +144,7 @@ def parameters_text(
     return f"{prompt}{negative}\n{pairs}".strip()
 
 
-def parse_parameters(text: str) -> Settings:
+def parse_parameters(text: str) -> HowMade:
     """Read `parameters` as ldm and every version of the web UI write them.
 
     Args:
@@ -192,7 +192,7 @@ def parse_parameters(text: str) -> Settings:
     seed = found.get("Seed", "")
     known = _SILENT | _KEYS.keys() | {name.capitalize().replace("_", " ") for name in _OURS}
     odd += [f"{key}: {value}" for key, value in found.items() if key not in known]
-    return Settings(
+    return HowMade(
         prompt.strip(), negative.strip(), int(seed) if seed.isdecimal() else None, settings, odd
     )
 
@@ -290,7 +290,7 @@ def read_record(file: Path) -> dict[str, Any] | None:
     return record
 
 
-def read_settings(file: Path) -> Settings:
+def read_settings(file: Path) -> HowMade:
     """How a picture was made, from our own record or else from `parameters`.
 
     Raises:
@@ -298,7 +298,7 @@ def read_settings(file: Path) -> Settings:
     """
     if record := read_record(file):
         negative = record.get("negative_prompt", "")
-        return Settings(record["prompt"], negative, record["seed"], record["settings"], [])
+        return HowMade(record["prompt"], negative, record["seed"], record["settings"], [])
     if text := read_parameters(file):
         return parse_parameters(text)
     raise DataError(f"{file} does not say how it was made; give a picture that has `parameters`")

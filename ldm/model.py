@@ -113,7 +113,7 @@ class Model:
             torch_dtype: what the model computes in.
             prediction_type: what the U-Net predicts, where neither the file nor a YAML says.
             config: the YAML that came with the file; the one beside it when not given.
-            ema: of a file that has both, whether to draw with the averaged weights; True if None.
+            ema: whether to draw with the averaged weights; with them if there are any when None.
 
         Raises:
             CheckpointError: the file is damaged, of another kind of model, or its prediction type
@@ -142,11 +142,7 @@ class Model:
         Raises:
             ConfigError: this machine has no such device.
         """
-        try:
-            torch.empty(0).to(*args, **options)
-        except (RuntimeError, AssertionError) as error:
-            said = str(error).split("\n")[0]
-            raise ConfigError(f"cannot move the model there: {said}") from None
+        _check_place(*args, **options)
         self._offload = None
         for model in (self.unet, self.vae, self.text_encoder):
             model.to(*args, **options)
@@ -181,43 +177,15 @@ class Model:
     def load_lora_weights(
         self, file: str | Path, weight: float = 1.0, name: str | None = None
     ) -> str:
-        """Merge a LoRA file (kohya's, diffusers' or PEFT's) into the weights.
-
-        Args:
-            file: the LoRA.
-            weight: how strongly; several LoRAs add up.
-            name: to remove it by; the file's stem when not given.
-
-        Returns:
-            The name.
-
-        Raises:
-            CheckpointError: it does not fit this model, which is then as it was.
-        """
+        """Merge a LoRA file into the weights; see `ldm.checkpoint.adapters.Adapters.add_lora`."""
         return self._adapters.add_lora(file, weight, name)
 
     def unload_lora_weights(self, name: str | None = None) -> None:
-        """Take one LoRA, or all of them, out again: the weights are then what they were, in bits.
-
-        Raises:
-            ConfigError: there is none of this name.
-        """
+        """Take one LoRA, or all of them, out again: the weights are what they were, in bits."""
         self._adapters.remove_lora(name)
 
     def load_textual_inversion(self, file: str | Path, token: str | None = None) -> str:
-        """Teach the text encoder a word.
-
-        Args:
-            file: AUTOMATIC1111's or diffusers' embedding.
-            token: the word; the file's own when not given.
-
-        Returns:
-            The word.
-
-        Raises:
-            CheckpointError: the embedding is of another width, or not readable.
-            ConfigError: the word is taken.
-        """
+        """Teach the text encoder a word; see `Adapters.add_textual_inversion`."""
         return self._adapters.add_textual_inversion(file, token)
 
     def unload_textual_inversion(self, token: str | None = None) -> None:
@@ -255,7 +223,7 @@ class Model:
         Raises:
             ConfigError: this machine has no such device.
         """
-        self.to(device)
+        _check_place(device)
         self.to("cpu")
         self._offload = torch.device(device)
 
@@ -325,6 +293,15 @@ class Model:
             yield
         finally:
             part.to("cpu")
+
+
+def _check_place(*args: Any, **options: Any) -> None:
+    """Refuse a device that this machine does not have."""
+    try:
+        torch.empty(0).to(*args, **options)
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).split("\n")[0]
+        raise ConfigError(f"cannot move the model there: {said}") from None
 
 
 def check_parts(unet: UNet, vae: AutoencoderKL, text_encoder: TextEncoder) -> None:

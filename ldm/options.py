@@ -94,7 +94,7 @@ def add_options(parser: Parser, outdir: str) -> None:
         help="pictures of each prompt; 1 if not given")  # fmt: skip
     add("--n_iter", type=within(1), default=1, help="times --num_images_per_prompt")
     add("--batch_size", type=within(1), help="pictures at a time, about a megapixel if not given;"
-        " never changes a picture")  # fmt: skip
+        " changes no picture but by rounding")  # fmt: skip
     add("--seed", type=within(-1), default=42, help="of the first picture, then one more each;"
         " 42 if not given; -1: random")  # fmt: skip
     add("--fixed_code", action="store_true", help="the same seed for all pictures")
@@ -106,19 +106,33 @@ def add_options(parser: Parser, outdir: str) -> None:
     add("--guidance_scale", "--scale", "--cfg_scale", type=float, help=own)
     add("--guidance_rescale", type=share, help="of Lin et al. 2024, 0 to 1")
     add("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide only"
-        " between these two; see LatentDiffusionPipeline")  # fmt: skip
+        " at noise levels (sigmas) between these two")  # fmt: skip
     add("--dynamic_threshold", type=float, nargs=2, metavar=("PERCENTILE", "LIMIT"), help="of"
         " Imagen; 0.995 3 for example")  # fmt: skip
     add("--height", "--H", type=within(0), help=f"in pixels; {own}")
     add("--width", "--W", type=within(0), help=f"in pixels; {own}")
     add("--sampler", choices=get_args(SamplerName), default="ddim", help="ddim if not given")
     for flag, name in (("plms", "plms"), ("dpm_solver", "dpmpp_2m"), ("dpm", "dpmpp_2m")):
-        add(f"--{flag}", dest="sampler", action="store_const", const=name, help=f"is {name}")
+        add(
+            f"--{flag}",
+            dest="sampler",
+            action="store_const",
+            const=name,
+            help=f"same as --sampler {name}",
+        )
     add("--timestep_spacing", choices=get_args(Spacing), help=own)
-    add("--timesteps", type=numbers(within(0, kind=float)), help="the very ones, such as 999,500,1")
-    add("--sigmas", type=numbers(within(0, kind=float)), help="the very ones, such as 14.6,3,0.5,0")
+    add(
+        "--timesteps",
+        type=numbers(within(0, kind=float)),
+        help="to visit, instead of a spacing: 999,500,1",
+    )
+    add("--sigmas", type=numbers(within(0, kind=float)), help="to visit, likewise: 14.6,3,0.5,0")
     add("--eta", "--ddim_eta", type=share, help="of DDIM: 0 draws no noise, 1 as much as DDPM")
-    add("--variance", choices=["fixed_small", "fixed_large"], help="of DDPM's steps")
+    add(
+        "--variance",
+        choices=["fixed_small", "fixed_large"],
+        help="of the noise that ddpm adds in a step: beta tilde or beta",
+    )
     add("--clip_skip", type=within(0), help="layers of the text encoder to leave out")
     add("--long_prompts", choices=get_args(LongPrompts), help="cut at 77 tokens, or encode all")
     add("--literal_prompts", dest="prompt_weights", action="store_false",
@@ -172,8 +186,8 @@ def read_options(parser: Parser, arguments: Sequence[str]) -> Namespace:
         odd = [f"{k}: {v}" for k, v in values.items() if k not in vars(options)]
         if odd := odd + made.not_understood:
             print(f"not used of {options.settings_from}: {'; '.join(odd)}")
-    low, high = options.guidance_interval or (0, 0)
-    if low > high:
+    low, high = options.guidance_interval or (0, 1)
+    if low >= high:
         raise ConfigError(f"guidance_interval is {low:g} to {high:g}; give the lower one first")
     for file in input_files(options):
         if not Path(file).exists():

@@ -17,14 +17,14 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.config import SamplerName, Spacing, check_size
+from ldm.config import SamplerName, Spacing, Variance, check_size
 from ldm.diffusion.denoiser import Denoiser, Network
 from ldm.diffusion.guidance import guided, masked, thresholded
 from ldm.diffusion.prediction import from_vp, to_vp
@@ -42,6 +42,7 @@ from ldm.inputs import (
     to_pixels,
 )
 from ldm.model import Model
+from ldm.prompts import LongPrompts
 from ldm.rng import image_noise
 
 logger = logging.getLogger(__name__)
@@ -143,9 +144,9 @@ class LatentDiffusionPipeline(Model):
         sampler: SamplerName = "ddim",
         timestep_spacing: Spacing | None = None,
         eta: float = 0.0,
-        variance: Literal["fixed_small", "fixed_large"] = "fixed_small",
+        variance: Variance = "fixed_small",
         clip_skip: int | None = None,
-        long_prompts: Literal["truncate", "chunk"] = "truncate",
+        long_prompts: LongPrompts = "truncate",
         prompt_weights: bool = True,
         batch_size: int | None = None,
         output_type: str = "pil",
@@ -169,7 +170,7 @@ class LatentDiffusionPipeline(Model):
             sigmas: the noise levels to visit, descending, instead of a spacing.
             guidance_scale: w of classifier-free guidance; 1 or less is without.
             guidance_rescale: of Lin et al. 2024, in [0, 1].
-            guidance_interval: sigmas (low, high] that are guided, as Kynkaanniemi et al. 2024.
+            guidance_interval: sigmas (low, high] that are guided, as Kynkäänniemi et al. 2024.
             dynamic_threshold: (percentile, limit): where the percentile in (0, 1] of |x0| exceeds
                 the limit, x0 is clipped to it and scaled down to the limit, as Saharia et al. 2022.
                 Scaled latents have unit variance: a limit of 3 or 4 suits them, 1 suits pixels.
@@ -192,8 +193,8 @@ class LatentDiffusionPipeline(Model):
             long_prompts: `truncate` drops what lies beyond the text encoder's limit, and logs it;
                 `chunk` encodes a long prompt in pieces.
             prompt_weights: read `(word:1.3)`, `(word)` and `[word]` as weights; see `ldm.prompts`.
-            batch_size: pictures at a time; all at once when not given. It changes no picture,
-                unless one generator serves them all.
+            batch_size: pictures at a time; all at once when not given. It changes no picture but
+                by rounding, unless one generator serves them all.
             output_type: `pil`, `np`, `pt` or `latent`.
             callback_on_step_end: called after each step; it may return other latents, and it may
                 set `pipeline._interrupt = True` to stop after this step.

@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm.errors import ConfigError
 from ldm.images import image_grid, to_rgb
 from ldm.pipeline import LatentDiffusionPipeline
+from ldm.prompts import LongPrompts
 from ldm.rng import image_generator, image_noise, slerp
 
 
@@ -67,7 +68,7 @@ def interpolate(
     loop: bool = False,
     clip_skip: int | None = None,
     prompt_weights: bool = True,
-    long_prompts: str = "truncate",
+    long_prompts: LongPrompts = "truncate",
     **options: Any,
 ) -> list[Image.Image]:
     """Pictures on the way from one (prompt, seed) to the next.
@@ -101,7 +102,7 @@ def interpolate(
         list(prompts),
         clip_skip=clip_skip,
         prompt_weights=prompt_weights,
-        long_prompts=long_prompts,  # type: ignore
+        long_prompts=long_prompts,
     )
     n = max(map(len, contexts))
     contexts = [encoder.pad(context, n, clip_skip) for context in contexts]
@@ -121,6 +122,8 @@ def interpolate(
         latents=torch.stack(latents),
         seed=[seeds[0]] * frames,  # what a stochastic sampler adds is the same in every frame
         clip_skip=clip_skip,
+        prompt_weights=prompt_weights,  # of the negative prompt
+        long_prompts=long_prompts,
         **options,
     ).images
 

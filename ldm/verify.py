@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ldm.drawing import INPUTS, call_inputs, draw, open_pipeline
+from ldm.drawing import INPUTS, call_inputs, draw, open_model, prepare, record_of
 from ldm.errors import ConfigError
 from ldm.images import read_image
 from ldm.metadata import file_hash, read_record
@@ -44,11 +44,12 @@ def verify(file: Path, moved: Mapping[str, str | None] | None = None) -> tuple[b
     vars(options).update({name: value for name, value in (moved or {}).items() if value})
     changed = _changed_files(record, options)
     if not changed:
-        pipeline, now = open_pipeline(options)
+        pipeline = open_model(options)
+        now = record_of(pipeline, options)
         changed = _changed_model(record, now)
     if changed:
         return False, f"differs: {file}: {'; '.join(changed)}"
-    pipeline.set_progress_bar_config(disable=True)
+    prepare(pipeline, options).set_progress_bar_config(disable=True)
     levels = _difference(read_image(file), _redraw(record, options, pipeline))
     if levels == 0:
         return True, f"identical: {file}"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import _ours  # noqa: F401
 
 from ldm.cli import Parser, run
-from ldm.drawing import at_a_time, make_folder, next_number, open_pipeline
+from ldm.drawing import at_a_time, make_folder, next_number, open_model, prepare
 from ldm.errors import ConfigError
 from ldm.metadata import save_picture
 from ldm.options import add_options, numbers, plan, read_options, within
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
             " the other one as many, or one"
         )
     number = next_number(make_folder(options.outdir), "frames-")
-    pipeline, _ = open_pipeline(options)
+    pipeline = prepare(open_model(options), options)
     from ldm.tasks import interpolate
 
     frames = interpolate(

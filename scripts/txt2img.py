@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import _ours  # noqa: F401
 
 from ldm.cli import Parser, run
-from ldm.drawing import draw_pictures, make_folder, next_number, open_pipeline
+from ldm.drawing import draw_pictures, make_folder, next_number, open_model, prepare
 from ldm.options import add_options, numbers, plan, read_options, within
 
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
 def draw_strips(options: Namespace) -> None:
     """One strip a picture that the options ask for."""
     pictures, folder = plan(options), make_folder(options.outdir)
-    pipeline, _ = open_pipeline(options)
+    pipeline = prepare(open_model(options), options)
     from ldm.tasks import denoising_strip, step_strip
 
     for picture in pictures:

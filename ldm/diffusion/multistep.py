@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import DenoiseFn
 from ldm.diffusion.one_step import ancestral_step
-from ldm.diffusion.sampling_loop import Callback, NoiseFn, batch_of, draw, run
+from ldm.diffusion.sampling_loop import NoiseFn, Step, batch_of, sampler
 
 ADAMS_BASHFORTH = (
     (1,),
@@ -33,14 +33,8 @@ Past = deque[tuple[float, Tensor]]
 """(sigma, x0) of the last two steps, newest first."""
 
 
-def sample_plms(
-    denoise: DenoiseFn,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    noise: NoiseFn | None = None,
-    callback: Callback | None = None,
-) -> Tensor:
+@sampler
+def sample_plms(denoise: DenoiseFn, sigmas: Tensor, noise: NoiseFn) -> Step:
     """Pseudo linear multistep: Euler with the slope extended over four steps as if evenly spaced.
 
     The first step of several is Heun's, with one network call more, as in CompVis's and diffusers'.
@@ -60,17 +54,11 @@ def sample_plms(
             d = (d + d_next) / 2
         return x + d * (sigma_next - sigma)
 
-    return run(step, denoise, x, sigmas, callback)
+    return step
 
 
-def sample_lms(
-    denoise: DenoiseFn,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    noise: NoiseFn | None = None,
-    callback: Callback | None = None,
-) -> Tensor:
+@sampler
+def sample_lms(denoise: DenoiseFn, sigmas: Tensor, noise: NoiseFn) -> Step:
     """Linear multistep: integrates the cubic through the last four slopes. Arguments as Euler's.
 
     Source: k-diffusion, `sample_lms` with order 4.
@@ -87,17 +75,11 @@ def sample_lms(
         weights = np.linalg.solve(np.vander(u, increasing=True).T, moments)
         return x + _weighted(weights.tolist(), slopes) * (sigma_next - sigma)
 
-    return run(step, denoise, x, sigmas, callback)
+    return step
 
 
-def sample_dpmpp_2m(
-    denoise: DenoiseFn,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    noise: NoiseFn | None = None,
-    callback: Callback | None = None,
-) -> Tensor:
+@sampler
+def sample_dpmpp_2m(denoise: DenoiseFn, sigmas: Tensor, noise: NoiseFn) -> Step:
     """DPM-Solver++(2M): second order from the x0 of the step before. Arguments as Euler's.
 
     The first step and a step to sigma 0, where lambda is infinite, are of first order.
@@ -113,24 +95,12 @@ def sample_dpmpp_2m(
         D = _x0_halfway(past, sigma_next)
         return sigma_next / sigma * x + (1 - sigma_next / sigma) * D
 
-    return run(step, denoise, x, sigmas, callback)
+    return step
 
 
-def sample_dpmpp_2m_sde(
-    denoise: DenoiseFn,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    noise: NoiseFn | None = None,
-    callback: Callback | None = None,
-) -> Tensor:
+@sampler
+def sample_dpmpp_2m_sde(denoise: DenoiseFn, sigmas: Tensor, noise: NoiseFn) -> Step:
     """DPM-Solver++(2M) SDE: an ancestral step with the x0 of `sample_dpmpp_2m`.
-
-    Args:
-        noise: fresh unit noise; not drawn for a step to sigma 0. Other arguments as Euler's.
-
-    Raises:
-        ConfigError: `noise` is missing.
 
     Source: k-diffusion, `sample_dpmpp_2m_sde` with its midpoint solver and eta 1.
     """
@@ -140,19 +110,13 @@ def sample_dpmpp_2m_sde(
         if sigma_next == 0:
             return x0
         past.appendleft((sigma, x0))
-        return ancestral_step(x, _x0_halfway(past, sigma_next), sigma, sigma_next, draw(noise))
+        return ancestral_step(x, _x0_halfway(past, sigma_next), sigma, sigma_next, noise())
 
-    return run(step, denoise, x, sigmas, callback)
+    return step
 
 
-def sample_unipc(
-    denoise: DenoiseFn,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    noise: NoiseFn | None = None,
-    callback: Callback | None = None,
-) -> Tensor:
+@sampler
+def sample_unipc(denoise: DenoiseFn, sigmas: Tensor, noise: NoiseFn) -> Step:
     """UniPC of order 2 with B(h) = e^h - 1: `sample_dpmpp_2m`, each step corrected in the next one.
 
     The x0 that a step arrives at costs no call of its own: the next step needs it anyway. What a
@@ -172,7 +136,7 @@ def sample_unipc(
         D = _x0_halfway(past, sigma_next)
         return sigma_next / sigma * x + (1 - sigma_next / sigma) * D
 
-    return run(step, denoise, x, sigmas, callback)
+    return step
 
 
 def _weighted(weights: Iterable[float], slopes: Iterable[Tensor]) -> Tensor:

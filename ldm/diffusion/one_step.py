@@ -11,23 +11,18 @@ Legend: b batch, c channels, h w height and width of the latents.
 from __future__ import annotations
 
 from math import sqrt
-from typing import Literal
+from typing import get_args
 
 from torch import Tensor
 
+from ldm.config import Variance
 from ldm.diffusion.denoiser import DenoiseFn
-from ldm.diffusion.sampling_loop import Callback, NoiseFn, batch_of, draw, run
+from ldm.diffusion.sampling_loop import NoiseFn, Step, batch_of, sampler
 from ldm.errors import ConfigError, suggest
 
 
-def sample_euler(
-    denoise: DenoiseFn,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    noise: NoiseFn | None = None,
-    callback: Callback | None = None,
-) -> Tensor:
+@sampler
+def sample_euler(denoise: DenoiseFn, sigmas: Tensor, noise: NoiseFn) -> Step:
     """Euler's method on the probability flow ODE, dx/dsigma = (x - x0) / sigma.
 
     Args:
@@ -47,17 +42,11 @@ def sample_euler(
         d = (x - x0) / sigma
         return x0 + d * sigma_next  # x + d (sigma_next - sigma), and x0 to the bit at sigma 0
 
-    return run(step, denoise, x, sigmas, callback)
+    return step
 
 
-def sample_heun(
-    denoise: DenoiseFn,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    noise: NoiseFn | None = None,
-    callback: Callback | None = None,
-) -> Tensor:
+@sampler
+def sample_heun(denoise: DenoiseFn, sigmas: Tensor, noise: NoiseFn) -> Step:
     """Heun's method: Euler plus its correction, twice the network calls. Arguments as Euler's.
 
     It is also the Keras DDIM example's second-order sampling with its alpha at 1.
@@ -73,17 +62,11 @@ def sample_heun(
         d_next = (x_next - denoise(x_next, batch_of(sigma_next, x))) / sigma_next
         return x + (d + d_next) / 2 * (sigma_next - sigma)
 
-    return run(step, denoise, x, sigmas, callback)
+    return step
 
 
-def sample_dpm2(
-    denoise: DenoiseFn,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    noise: NoiseFn | None = None,
-    callback: Callback | None = None,
-) -> Tensor:
+@sampler
+def sample_dpm2(denoise: DenoiseFn, sigmas: Tensor, noise: NoiseFn) -> Step:
     """DPM-Solver-2: Euler with the slope of the step's middle. Arguments as Euler's.
 
     The middle is that of log sigma. The Keras DDIM example's second-order sampling with its alpha
@@ -100,18 +83,11 @@ def sample_dpm2(
         d = (x_middle - denoise(x_middle, batch_of(middle, x))) / middle
         return x + d * (sigma_next - sigma)
 
-    return run(step, denoise, x, sigmas, callback)
+    return step
 
 
-def sample_ddim(
-    denoise: DenoiseFn,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    noise: NoiseFn | None = None,
-    callback: Callback | None = None,
-    eta: float = 0.0,
-) -> Tensor:
+@sampler
+def sample_ddim(denoise: DenoiseFn, sigmas: Tensor, noise: NoiseFn, eta: float = 0.0) -> Step:
     """DDIM: deterministic at eta 0, ancestral sampling at eta 1. Other arguments as Euler's.
 
     Each step goes to the next sigma of the grid. diffusers' goes to timestep t - T // steps, which
@@ -134,43 +110,35 @@ def sample_ddim(
         up = eta * sigma_next / sigma * sqrt(sigma**2 - sigma_next**2)
         down = sqrt(sigma_next**2 - up**2)
         x_next = x0 + down * epsilon
-        return x_next + up * draw(noise) if up else x_next
+        return x_next + up * noise() if up else x_next
 
-    return run(step, denoise, x, sigmas, callback)
+    return step
 
 
-def sample_euler_a(
-    denoise: DenoiseFn,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    noise: NoiseFn | None = None,
-    callback: Callback | None = None,
-) -> Tensor:
+@sampler
+def sample_euler_a(denoise: DenoiseFn, sigmas: Tensor, noise: NoiseFn) -> Step:
     """Euler ancestral: an Euler step down to sigma_down, then noise back up to sigma_next.
 
     An Euler step from sigma to sigma_down is x0 + sigma_down epsilon, so this is DDIM with eta 1.
 
-    Args:
-        noise: fresh unit noise; other arguments as Euler's.
-
-    Raises:
-        ConfigError: `noise` is missing.
-
     Source: k-diffusion, `sample_euler_ancestral`; Song et al. 2021, eq. 12 with eq. 16 at eta 1.
     """
-    return sample_ddim(denoise, x, sigmas, noise=noise, callback=callback, eta=1.0)
+
+    def step(x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
+        up = sigma_next / sigma * sqrt(sigma**2 - sigma_next**2)
+        x_next = x0 + sqrt(sigma_next**2 - up**2) * ((x - x0) / sigma)
+        return x_next + up * noise() if up else x_next
+
+    return step
 
 
+@sampler
 def sample_ddpm(
     denoise: DenoiseFn,
-    x: Tensor,
     sigmas: Tensor,
-    *,
-    noise: NoiseFn | None = None,
-    callback: Callback | None = None,
-    variance: Literal["fixed_small", "fixed_large"] = "fixed_small",
-) -> Tensor:
+    noise: NoiseFn,
+    variance: Variance = "fixed_small",
+) -> Step:
     """Ancestral sampling from the posterior q(x_next | x, x0), on the whole chain or a strided one.
 
     No noise in the last step, as in the paper; diffusers' adds some unless that is timestep 0.
@@ -184,8 +152,8 @@ def sample_ddpm(
 
     Source: Ho et al. 2020, algorithm 2 and eq. 6 and 7, divided by sqrt(abar_{t-1}).
     """
-    if variance not in ("fixed_small", "fixed_large"):
-        hint = suggest(variance, ["fixed_small", "fixed_large"])
+    if variance not in get_args(Variance):
+        hint = suggest(variance, get_args(Variance))
         raise ConfigError(f"sampling: there is no DDPM variance '{variance}'; {hint}")
 
     def step(x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
@@ -197,26 +165,14 @@ def sample_ddpm(
             var = ratio * (sigma**2 - sigma_next**2)
         else:  # 1 - abar_t / abar_{t-1}, at the scale of x_{t-1}; abar = 1 / (1 + sigma^2)
             var = (1 + sigma_next**2) * (sigma**2 - sigma_next**2) / (1 + sigma**2)
-        return mean + sqrt(var) * draw(noise)
+        return mean + sqrt(var) * noise()
 
-    return run(step, denoise, x, sigmas, callback)
+    return step
 
 
-def sample_dpmpp_2s_a(
-    denoise: DenoiseFn,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    noise: NoiseFn | None = None,
-    callback: Callback | None = None,
-) -> Tensor:
+@sampler
+def sample_dpmpp_2s_a(denoise: DenoiseFn, sigmas: Tensor, noise: NoiseFn) -> Step:
     """DPM-Solver++(2S) ancestral: a second-order step below sigma_next, then noise back up to it.
-
-    Args:
-        noise: fresh unit noise, one draw a step; other arguments as Euler's.
-
-    Raises:
-        ConfigError: `noise` is missing.
 
     Source: k-diffusion, `sample_dpmpp_2s_ancestral`; Lu et al. 2022, "DPM-Solver++", algorithm 1.
     """
@@ -229,29 +185,17 @@ def sample_dpmpp_2s_a(
         x_middle = x0 + middle / sigma * (x - x0)
         x0_middle = denoise(x_middle, batch_of(middle, x))
         up = sqrt(sigma_next**2 - down**2)
-        return x0_middle + down / sigma * (x - x0_middle) + up * draw(noise)
+        return x0_middle + down / sigma * (x - x0_middle) + up * noise()
 
-    return run(step, denoise, x, sigmas, callback)
+    return step
 
 
-def sample_dpmpp_sde(
-    denoise: DenoiseFn,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    noise: NoiseFn | None = None,
-    callback: Callback | None = None,
-) -> Tensor:
+@sampler
+def sample_dpmpp_sde(denoise: DenoiseFn, sigmas: Tensor, noise: NoiseFn) -> Step:
     """DPM-Solver++ (SDE): an ancestral step with the x0 that one to its middle leads to.
 
     The noise of the half step and of the whole step are increments of one Brownian motion whose
     time is sigma, as in k-diffusion.
-
-    Args:
-        noise: fresh unit noise, two draws a step; other arguments as Euler's.
-
-    Raises:
-        ConfigError: `noise` is missing.
 
     Source: k-diffusion, `sample_dpmpp_sde` with r = 1/2.
     """
@@ -260,13 +204,13 @@ def sample_dpmpp_sde(
         if sigma_next == 0:
             return x0
         middle = sqrt(sigma * sigma_next)
-        before, after = draw(noise), draw(noise)
+        before, after = noise(), noise()
         whole = sqrt(sigma - middle) * before + sqrt(middle - sigma_next) * after
         x_middle = ancestral_step(x, x0, sigma, middle, before)
         x0_middle = denoise(x_middle, batch_of(middle, x))
         return ancestral_step(x, x0_middle, sigma, sigma_next, whole / sqrt(sigma - sigma_next))
 
-    return run(step, denoise, x, sigmas, callback)
+    return step
 
 
 def ancestral_step(x: Tensor, x0: Tensor, sigma: float, sigma_next: float, noise: Tensor) -> Tensor:

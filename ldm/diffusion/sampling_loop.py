@@ -8,7 +8,9 @@ Legend: b batch, c channels, h w height and width of the latents.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,12 +58,31 @@ def batch_of(sigma: float, x: Tensor) -> Tensor:
     return torch.full((len(x),), sigma, dtype=torch.float64)  # b
 
 
-def draw(noise: NoiseFn | None) -> Tensor:
-    """Fresh noise, b c h w.
+def sampler(make: Callable[..., Step]) -> Callable[..., Tensor]:
+    """A sampler of its update rule: `make(denoise, sigmas, draw, **options)` gives its `Step`.
+
+    The sampler is `(denoise, x, sigmas, *, noise=None, callback=None, **options) -> x`.
 
     Raises:
-        ConfigError: the caller gave no `noise`.
+        ConfigError: the rule draws noise and the caller gave none.
     """
-    if noise is None:
-        raise ConfigError("sampling: this sampler is stochastic; pass `noise`, or use eta 0")
-    return noise()
+
+    @wraps(make, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
+    def sample(
+        denoise: DenoiseFn,
+        x: Tensor,
+        sigmas: Tensor,
+        *,
+        noise: NoiseFn | None = None,
+        callback: Callback | None = None,
+        **options: Any,
+    ) -> Tensor:
+        step = make(denoise, sigmas, noise or _no_noise, **options)
+        return run(step, denoise, x, sigmas, callback)
+
+    del sample.__wrapped__  # type: ignore  # help() shows how a sampler is called, not made
+    return sample
+
+
+def _no_noise() -> Tensor:
+    raise ConfigError("sampling: this sampler is stochastic; pass `noise`, or use eta 0")
