@@ -59,7 +59,7 @@ def batch_of(sigma: float, x: Tensor) -> Tensor:
 
 
 def sampler(make: Callable[..., Step]) -> Callable[..., Tensor]:
-    """A sampler of its update rule: `make(denoise, sigmas, draw, **options)` gives its `Step`.
+    """A sampler of its update rule: `make(denoise, sigmas, noise, **options)` gives its `Step`.
 
     The sampler is `(denoise, x, sigmas, *, noise=None, callback=None, **options) -> x`.
 
