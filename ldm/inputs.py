@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from math import inf, isfinite
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -61,6 +62,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.strength is not None and not 0 <= self.strength <= 1:
             raise ConfigError(f"strength is {self.strength}; it must be in [0, 1]")
+        if not isfinite(self.guidance_scale):
+            raise ConfigError(f"guidance_scale is {self.guidance_scale}; give a number")
         for name in ("guidance_rescale", "eta"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be in [0, 1]")
@@ -70,7 +73,7 @@ class Settings:
                 f"guidance_interval is {low} to {high}; it must run from 0 or more up"
             )
         percentile, limit = self.dynamic_threshold or (1, 1)
-        if not (0 < percentile <= 1 and limit > 0):
+        if not (0 < percentile <= 1 and 0 < limit < inf):
             raise ConfigError(
                 f"dynamic_threshold is {percentile} and {limit}; the percentile must be in (0, 1],"
                 " the limit above 0"
@@ -128,7 +131,7 @@ class Settings:
         name = "timesteps" if self.sigmas is None else "sigmas"
         values = [float(value) for value in getattr(self, name)]
         grid = torch.tensor(values, dtype=torch.float64)
-        falls = bool((grid[1:] < grid[:-1]).all())
+        falls = bool((grid[1:] < grid[:-1]).all() and grid.isfinite().all())
         if not values or not falls or values[-1] < 0 or values == [0.0] * (name == "sigmas"):
             raise ConfigError(f"{name} must descend and not be below 0, not {values}")
         if name == "sigmas":
@@ -190,7 +193,13 @@ def start(
         raise ConfigError("give seed or generator, one of the two")
     if not 0 <= variation_strength <= 1:
         raise ConfigError(f"variation_strength is {variation_strength}; it must be in [0, 1]")
-    if variation_strength and not isinstance(seed, Sequence):
+    if bool(variation_strength) != (variation_seed is not None) or (
+        variation_strength and latents is not None
+    ):
+        raise ConfigError(
+            "give both variation_seed and variation_strength, or neither; and no latents with them"
+        )
+    if variation_strength and (seed is None or isinstance(seed, int | np.integer)):
         seed = _seeds("seed", seed, 1) * count
     seeds = _seeds("seed", seed, count) if generator is None else []
     if generator is None:
@@ -223,10 +232,8 @@ def size_of(image: ImageInput, factor: int, latent_channels: int) -> tuple[int, 
     pictures = _pictures(image)
     if pictures is not None:
         width, height = to_rgb(pictures[0]).size
-    elif isinstance(image, Tensor):
-        height, width = image.shape[-2:]
     else:
-        height, width = np.asarray(image).shape[-3:-1]
+        height, width = _tensor("image", image, channels=3).shape[-2:]
     return max(height // factor, 1) * factor, max(width // factor, 1) * factor
 
 
@@ -279,15 +286,14 @@ def to_mask(mask: ImageInput, image: ImageInput, height: int, width: int) -> Ten
         if tuple(tensor.shape[-2:]) != (height, width):
             tensor = F.interpolate(tensor, (height, width))
         return (tensor >= 0.5).float()
-    images = _pictures(image)
-    for one, of in zip(pictures, (images or []) * len(pictures), strict=False):
-        if one.size != to_rgb(of).size:
+    grey, images = [to_rgb(one).convert("L") for one in pictures], _pictures(image) or []
+    for one, of in zip(grey, [to_rgb(of).size for of in images] * len(grey), strict=False):
+        if one.size != of:
             raise ConfigError(
-                f"mask_image is {one.size[0]}x{one.size[1]} and image {of.size[0]}x{of.size[1]};"
+                f"mask_image is {one.size[0]}x{one.size[1]} and image {of[0]}x{of[1]};"
                 " make them equal"
             )
-    nearest = Image.Resampling.NEAREST
-    grey = [to_rgb(one).convert("L").resize((width, height), nearest) for one in pictures]
+    grey = [one.resize((width, height), Image.Resampling.NEAREST) for one in grey]
     levels = torch.stack([torch.from_numpy(np.array(one))[None] for one in grey])  # b 1 H W
     return (levels >= 128).float()
 
@@ -298,7 +304,7 @@ def per_picture(name: str, tensor: Tensor, count: int) -> Tensor:
     Raises:
         ConfigError: their numbers do not fit.
     """
-    if count % len(tensor):
+    if not len(tensor) or count % len(tensor):
         raise ConfigError(f"{len(tensor)} {name}s for {count} pictures; give one, or one each")
     return tensor.repeat_interleave(count // len(tensor), 0)
 
@@ -307,7 +313,11 @@ def _seeds(name: str, seed: int | Sequence[int] | None, count: int) -> list[int]
     """seed + i, or the list itself; from a random one for None."""
     if seed is None:
         seed = secrets.randbelow(2**31)
-    seeds = list(seed) if isinstance(seed, Sequence) else [int(seed) + i for i in range(count)]
+    try:
+        first = int(seed) if isinstance(seed, int | np.integer) else None
+        seeds = [int(s) for s in seed] if first is None else [first + i for i in range(count)]  # type: ignore
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} is {seed!r}; give a whole number, or one a picture") from None
     if len(seeds) != count:
         raise ConfigError(
             f"{len(seeds)} {name}s for {count} pictures; give one number, or one each"
@@ -322,20 +332,23 @@ def _pictures(image: ImageInput) -> list[Image.Image] | None:
         return [image]
     if isinstance(image, Tensor | np.ndarray):
         return None
-    if not image or not all(isinstance(one, Image.Image) for one in image):
+    listed = isinstance(image, Sequence) and len(image) > 0
+    if not listed or not all(isinstance(one, Image.Image) for one in image):
         raise ConfigError("image must be a PIL image, a list of them, an array or a tensor")
     return list(image)
 
 
 def _tensor(name: str, image: Any, channels: int) -> Tensor:
     """b c H W in [0, 1] from a tensor (b) c H W, or from an array (b) H W c or H W."""
+    if isinstance(image, np.ndarray):
+        image = np.ascontiguousarray(image)
     tensor = torch.as_tensor(image).detach().float().cpu()
     if isinstance(image, np.ndarray):
         tensor = tensor[..., None] if tensor.ndim == 2 else tensor
         tensor = tensor.movedim(-1, -3)
     while tensor.ndim in (2, 3):
         tensor = tensor[None]
-    if tensor.ndim != 4 or tensor.shape[1] != channels:
+    if tensor.ndim != 4 or tensor.shape[1] != channels or not tensor.numel():
         raise ConfigError(
             f"{name} has shape {tuple(image.shape)}; a tensor must be b {channels} H W, an array"
             f" b H W {channels}"

@@ -143,7 +143,8 @@ class Model:
             ConfigError: this machine has no such device.
         """
         _check_place(*args, **options)
-        self._offload = None
+        if any(isinstance(where, str | torch.device) for where in (*args, *options.values())):
+            self._offload = None
         for model in (self.unet, self.vae, self.text_encoder):
             model.to(*args, **options)
         return self
@@ -240,8 +241,11 @@ class Model:
         """
         if output_type == "latent":
             return latents
-        if not latents.isfinite().all():
-            raise ConfigError(f"the U-Net overflows in {self.dtype}; draw in bfloat16 or float32")
+        if wrong := _not_finite(latents):
+            raise ConfigError(
+                f"picture {wrong[0]} of the batch: the U-Net's numbers are not finite in"
+                f" {self.dtype}; draw in float32, or look at the weights and the settings"
+            )
         raw = self.vae.unscale(latents)
         vae = self._banded or self.vae
         images = torch.cat([self._through_vae(vae.decode, piece) for piece in self._sliced(raw)])
@@ -273,14 +277,17 @@ class Model:
         dtype = next(self.vae.parameters()).dtype
         with self._at_work(self.vae):
             result = work(x.to(self.device, dtype)).float()
-            if dtype == torch.float32 or result.isfinite().all():
-                return result
-            logger.warning("the VAE overflows in %s; it does this picture in float32", dtype)
-            self.vae.float()  # half precision survives the way there and back
-            try:
-                return work(x.to(self.device, torch.float32))
-            finally:
-                self.vae.to(dtype)
+            wrong = _not_finite(result)
+            if wrong and dtype != torch.float32:
+                logger.warning("the VAE overflows in %s; picture %s goes in float32", dtype, wrong)
+                self.vae.float()  # half precision survives the way there and back
+                try:
+                    result[wrong] = work(x[wrong].to(self.device, torch.float32))
+                finally:
+                    self.vae.to(dtype)
+        if _not_finite(result):
+            raise ConfigError("the VAE's numbers are not finite; its weights are damaged")
+        return result
 
     @contextmanager
     def _at_work(self, part: nn.Module) -> Iterator[None]:
@@ -288,11 +295,16 @@ class Model:
         if self._offload is None:
             yield
             return
-        part.to(self._offload)
         try:
+            part.to(self._offload)
             yield
         finally:
             part.to("cpu")
+
+
+def _not_finite(batch: Tensor) -> list[int]:
+    """The places in a batch where not all numbers are finite."""
+    return (~batch.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
 
 
 def _check_place(*args: Any, **options: Any) -> None:

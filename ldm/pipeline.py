@@ -202,7 +202,7 @@ class LatentDiffusionPipeline(Model):
         Raises:
             ConfigError: an argument that cannot be used; the line says which and why.
         """
-        # Whatever can be refused is refused before anything is computed.
+        # What the arguments alone can tell is refused before anything is computed.
         for name, number in (
             ("num_images_per_prompt", num_images_per_prompt),
             ("batch_size", batch_size),
@@ -220,8 +220,8 @@ class LatentDiffusionPipeline(Model):
             width=width,
             height=height,
             strength=strength,
-            timesteps=timesteps,
-            sigmas=sigmas,
+            timesteps=None if timesteps is None else tuple(map(float, timesteps)),
+            sigmas=None if sigmas is None else tuple(map(float, sigmas)),
             guidance_rescale=guidance_rescale,
             guidance_interval=guidance_interval,
             dynamic_threshold=dynamic_threshold,
@@ -265,7 +265,7 @@ class LatentDiffusionPipeline(Model):
         made = settings.arguments()
         if variation_strength:
             made["variation_strength"] = variation_strength
-            made["variation_seed"] = begun.variation_seeds
+            made["variation_seed"] = begun.variation_seeds[: len(images)]
         return PipelineOutput(images, begun.seeds[: len(images)], made, batches)
 
     def _size(
@@ -294,6 +294,45 @@ class LatentDiffusionPipeline(Model):
         check_size(height, width, factor)
         return height, width, strength
 
+    @torch.no_grad()
+    def encode_prompts(
+        self,
+        prompts: Sequence[str],
+        *,
+        clip_skip: int | None = None,
+        prompt_weights: bool = True,
+        long_prompts: LongPrompts = "truncate",
+    ) -> list[Tensor]:
+        """Contexts of prompts, n d each; arguments and errors as of a call."""
+        if long_prompts == "truncate":
+            for text in prompts:
+                if dropped := self.text_encoder.dropped(text, prompt_weights=prompt_weights):
+                    limit = self.text_encoder.max_tokens
+                    logger.warning("beyond the %d tokens of a prompt, not seen: %s", limit, dropped)
+        options: Any = {"prompt_weights": prompt_weights, "long_prompts": long_prompts}
+        with self._at_work(self.text_encoder):
+            return self.text_encoder.contexts(list(prompts), clip_skip=clip_skip, **options)
+
+    @torch.no_grad()
+    def equal_length(
+        self, contexts: Sequence[Tensor], clip_skip: int | None = None
+    ) -> list[Tensor]:
+        """Contexts n d, lengthened by chunks without words to the longest of them.
+
+        Raises:
+            ConfigError: the difference is no whole number of chunks.
+        """
+        n, chunk = max(map(len, contexts)), self.text_encoder.max_tokens
+        if all(len(context) == n for context in contexts):
+            return list(contexts)
+        if any((n - len(context)) % chunk for context in contexts):
+            raise ConfigError(
+                f"contexts have {sorted({len(context) for context in contexts})} tokens; make them"
+                f" equal, or multiples of {chunk}"
+            )
+        with self._at_work(self.text_encoder):
+            return [self.text_encoder.pad(context, n, clip_skip) for context in contexts]
+
     def _contexts(
         self,
         prompt: str | Sequence[str] | None,
@@ -305,58 +344,40 @@ class LatentDiffusionPipeline(Model):
         """Context n d of each prompt and of its negative prompt (None without guidance)."""
         if (prompt is None) == (prompt_embeds is None):
             raise ConfigError("give prompt or prompt_embeds, one of the two")
-        contexts = (
-            self._encode(as_list(prompt), settings)
-            if prompt_embeds is None
-            else self._embeds("prompt_embeds", prompt_embeds)
-        )
-        if settings.guidance_scale <= 1:
-            return [(context, None) for context in contexts]
-        if negative_embeds is None:
-            negatives = self._encode(as_list(negative_prompt), settings)
-        else:
-            negatives = self._embeds("negative_prompt_embeds", negative_embeds)
-        if len(negatives) not in (1, len(contexts)):
-            raise ConfigError(
-                f"{len(negatives)} negative prompts for {len(contexts)} prompts; one or one each"
+
+        def contexts(name: str, words: str | Sequence[str] | None, embeds: Any) -> list[Tensor]:
+            if embeds is not None:
+                return self._embeds(name, embeds)
+            return self.encode_prompts(
+                as_list(words),
+                clip_skip=settings.clip_skip,
+                prompt_weights=settings.prompt_weights,
+                long_prompts=settings.long_prompts,
             )
-        negatives = negatives * (len(contexts) // len(negatives))
-        with self._at_work(self.text_encoder):
-            return [self._equal(*pair, settings) for pair in zip(contexts, negatives, strict=True)]
+
+        positives = contexts("prompt_embeds", prompt, prompt_embeds)
+        if settings.guidance_scale <= 1:
+            return [(context, None) for context in positives]
+        negatives = contexts("negative_prompt_embeds", negative_prompt, negative_embeds)
+        if len(negatives) not in (1, len(positives)):
+            raise ConfigError(
+                f"{len(negatives)} negative prompts for {len(positives)} prompts; one or one each"
+            )
+        negatives = negatives * (len(positives) // len(negatives))
+        pairs = zip(positives, negatives, strict=True)
+        equal = [self.equal_length(pair, settings.clip_skip) for pair in pairs]
+        return [(context, negative) for context, negative in equal]
 
     def _stack(self, contexts: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(contexts)).to(self.device, self.dtype)  # b n d
 
     def _embeds(self, name: str, embeds: Tensor) -> list[Tensor]:
         width = self.unet.config.cross_attention_dim
-        if embeds.ndim != 3 or embeds.shape[-1] != width:
+        if embeds.ndim != 3 or embeds.shape[-1] != width or not len(embeds):
             raise ConfigError(
                 f"{name} have shape {tuple(embeds.shape)}; this model needs (b, n, {width})"
             )
         return list(embeds)
-
-    def _encode(self, prompts: list[str], settings: Settings) -> list[Tensor]:
-        if settings.long_prompts == "truncate":
-            for text in prompts:
-                if dropped := self.text_encoder.dropped(
-                    text, prompt_weights=settings.prompt_weights
-                ):
-                    limit = self.text_encoder.max_tokens
-                    logger.warning("beyond the %d tokens of a prompt, not seen: %s", limit, dropped)
-        with self._at_work(self.text_encoder):
-            return self.text_encoder.contexts(
-                prompts,
-                clip_skip=settings.clip_skip,
-                prompt_weights=settings.prompt_weights,
-                long_prompts=settings.long_prompts,
-            )  # n d each
-
-    def _equal(
-        self, context: Tensor, negative: Tensor, settings: Settings
-    ) -> tuple[Tensor, Tensor]:
-        """Both with as many tokens as the longer one, n d."""
-        n, skip = max(len(context), len(negative)), settings.clip_skip
-        return self.text_encoder.pad(context, n, skip), self.text_encoder.pad(negative, n, skip)
 
     def _known(
         self,
@@ -377,6 +398,11 @@ class LatentDiffusionPipeline(Model):
         height, width = settings.height, settings.width
         if is_latents(image, channels):
             known, pixels = torch.as_tensor(image).float().cpu(), None
+            if known.shape[1:] != (shape := self.latent_shape(height, width)):
+                raise ConfigError(
+                    f"image has latents of shape {tuple(known.shape)}; this call needs"
+                    f" {(len(known), *shape)}"
+                )
         else:
             pixels = to_pixels(image, height, width)  # b 3 H W
             known = self.encode(pixels)
@@ -390,8 +416,8 @@ class LatentDiffusionPipeline(Model):
             return known, small, None
         if pixels is None:
             raise ConfigError("an inpainting model needs the image's pixels, not its latents")
-        hidden = self.encode(pixels * (mask < 0.5))
-        return known, None, torch.cat([small, per_picture("image", hidden, count)], 1)
+        shown = per_picture("image", pixels, count) * (per_picture("mask_image", mask, count) < 0.5)
+        return known, None, torch.cat([small, self.encode(shown)], 1)
 
     def _denoise(self, batch: _Batch, run: _Run) -> Tensor:
         """Noise to scaled latents, b l h w; they are float32 whatever the network computes in."""
@@ -426,13 +452,13 @@ class LatentDiffusionPipeline(Model):
         def callback(step: int, sigma: float, x: Tensor, x0: Tensor) -> Tensor | None:
             nonlocal reached
             bar.update()
-            if run.callback is None:
-                return None
-            timestep = float(self.schedule.sigma_to_t(sigmas[step]))
-            given = to_vp(x, sigma)
-            state = {"latents": given, "pred_original_sample": x0}
-            latents = (run.callback(self, step, timestep, state) or {}).get("latents", given)
-            x = x if latents is given else from_vp(latents, sigma)
+            if run.callback is not None:
+                timestep = float(self.schedule.sigma_to_t(sigmas[step]))
+                given = to_vp(x, sigma)
+                state, before = {"latents": given, "pred_original_sample": x0}, given._version
+                latents = (run.callback(self, step, timestep, state) or {}).get("latents", given)
+                if latents is not given or given._version != before:  # another, or changed in place
+                    x = from_vp(latents, sigma)
             if self._interrupt:
                 reached = sigma
                 raise StopSampling(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm import inputs
 from ldm.errors import ConfigError
 from ldm.images import image_grid, to_rgb
 from ldm.pipeline import LatentDiffusionPipeline
@@ -65,67 +66,87 @@ def interpolate(
     seeds: Sequence[int],
     frames: int,
     *,
+    negative_prompts: Sequence[str] = ("",),
     loop: bool = False,
+    batch_size: int = 8,
     clip_skip: int | None = None,
     prompt_weights: bool = True,
     long_prompts: LongPrompts = "truncate",
     **options: Any,
-) -> list[Image.Image]:
-    """Pictures on the way from one (prompt, seed) to the next.
+) -> Iterator[Image.Image]:
+    """Pictures on the way from one (prompt, seed) to the next, as they are drawn.
 
-    The starting noise turns on the great circle between those of two seeds, the context moves on
+    The starting noise turns on the great circle between those of two seeds, the contexts move on
     the straight line between those of two prompts. A picture at a key is the one that the pipeline
-    draws for that prompt and seed.
+    draws for that prompt and seed; of a stochastic sampler, only that at the first key, for the
+    noise that it adds is the first key's in every frame, lest the pictures flicker.
 
     Args:
         pipeline: the model.
         prompts: of the keys, in order; one for all, or one a key.
         seeds: of the keys, likewise.
         frames: pictures in all, the first and the last key's included.
+        negative_prompts: of the keys, likewise.
         loop: go back to the first key, whose picture does not come twice.
+        batch_size: pictures drawn at a time.
         clip_skip: of the pipeline's call, like the next two and `options`.
         prompt_weights: see there.
-        long_prompts: see there.
-        options: anything else of the call, `negative_prompt` for instance.
+        long_prompts: see there; all frames have as many chunks as the longest prompt.
+        options: anything else of the call.
 
     Raises:
-        ConfigError: fewer than two keys or frames, or as many prompts as seeds are not given.
+        ConfigError: fewer than two keys or frames, or the numbers of prompts and seeds do not fit.
     """
-    keys = max(len(prompts), len(seeds))
-    if {len(prompts), len(seeds)} - {1, keys} or keys < 2 or frames < 2:
+    keys = max(map(len, (prompts, seeds, negative_prompts)))
+    numbers = {len(prompts), len(seeds), len(negative_prompts)}
+    if numbers - {1, keys} or keys < 2 or frames < 2:
         raise ConfigError(
             f"{len(prompts)} prompts, {len(seeds)} seeds and {frames} frames; give two keys or more"
             " (one prompt or one seed may serve them all) and two frames or more"
         )
-    encoder = pipeline.text_encoder
-    contexts = encoder.contexts(
-        list(prompts),
+    contexts = pipeline.encode_prompts(
+        [*prompts, *negative_prompts],
         clip_skip=clip_skip,
         prompt_weights=prompt_weights,
         long_prompts=long_prompts,
     )
-    n = max(map(len, contexts))
-    contexts = [encoder.pad(context, n, clip_skip) for context in contexts]
+    contexts = pipeline.equal_length(contexts, clip_skip)
     shape = pipeline.latent_shape(options.get("height"), options.get("width"))
-    noises = [image_noise(image_generator(seed), shape) for seed in seeds]
-    contexts, noises = contexts * (keys // len(contexts)), noises * (keys // len(noises))
-    if loop:
-        contexts, noises = [*contexts, contexts[0]], [*noises, noises[0]]
-    ends = len(noises) - 1
-    latents, embeds = list[Tensor](), list[Tensor]()
-    for place in np.linspace(0, ends, frames, endpoint=not loop).tolist():
-        key = min(int(place), ends - 1)
-        latents.append(slerp(noises[key][None], noises[key + 1][None], place - key)[0])
-        embeds.append(torch.lerp(contexts[key], contexts[key + 1], place - key))
-    return pipeline(
-        prompt_embeds=torch.stack(embeds),
-        latents=torch.stack(latents),
-        seed=[seeds[0]] * frames,  # what a stochastic sampler adds is the same in every frame
-        clip_skip=clip_skip,
-        prompt_weights=prompt_weights,  # of the negative prompt
-        long_prompts=long_prompts,
-        **options,
-    ).images
+    start = inputs.start((len(seeds), *shape), seed=list(seeds))
+    tracks = (
+        start.noise,
+        torch.stack(contexts[: len(prompts)]),
+        torch.stack(contexts[len(prompts) :]),
+    )
+    noise, context, negative = (
+        torch.cat([track, track[:1]]) if loop else track
+        for track in (track.expand(keys, *track.shape[1:]) for track in tracks)
+    )
+    places = np.linspace(0, len(noise) - 1, frames, endpoint=not loop).tolist()
+    ways = [(min(int(place), len(noise) - 2), place) for place in places]
+
+    def draw() -> Iterator[Image.Image]:
+        for first in range(0, frames, batch_size):
+            part = [(key, place - key) for key, place in ways[first : first + batch_size]]
+            yield from pipeline(
+                prompt_embeds=torch.stack([context[k].lerp(context[k + 1], t) for k, t in part]),
+                negative_prompt_embeds=torch.stack(
+                    [negative[k].lerp(negative[k + 1], t) for k, t in part]
+                ),
+                latents=torch.cat([slerp(noise[k][None], noise[k + 1][None], t) for k, t in part]),
+                generator=[_after_the_start(seeds[0], shape) for _ in part],
+                clip_skip=clip_skip,
+                **options,
+            ).images
+
+    return draw()
+
+
+def _after_the_start(seed: int, shape: tuple[int, ...]) -> torch.Generator:
+    """A seed's generator when the starting noise has been drawn from it."""
+    generator = image_generator(seed)
+    image_noise(generator, shape)
+    return generator
 
 
 def step_strip(

@@ -1,7 +1,7 @@
 """The autoencoder in bands of rows: the numbers of the whole in little device memory.
 
-Features are kept in storage, usually the CPU's memory; a band at a time goes to the device, through
-one convolution, and back. The neighbouring rows that a convolution sees travel with its band, and a
+Features are kept in the CPU's memory; a band at a time goes to the device, through one
+convolution, and back. The neighbouring rows that a convolution sees travel with its band, and a
 group normalisation uses the moments of the whole picture, gathered while the bands were written: no
 seams, nothing to blend. Only the lowest resolution, where attention sees everything, runs whole.
 
@@ -24,22 +24,22 @@ from ldm.models.layers import Downsample, ResnetBlock, Upsample
 
 @dataclass
 class Features:
-    """Features of whole pictures, `b c h w` in storage, and their moments `b c` in float64."""
+    """Features of whole pictures, `b c h w` on the CPU, and their moments `b c` in float64."""
 
     values: Tensor
     mean: Tensor
     square: Tensor
 
     @classmethod
-    def gather(cls, bands: Iterable[Tensor], height: int, storage: torch.device) -> Features:
+    def gather(cls, bands: Iterable[Tensor], height: int) -> Features:
         """Put bands `b c rows w` one below the other; `height` is that of all of them."""
         values, row = torch.empty(0), 0
         mean = square = torch.zeros((), dtype=torch.float64)
         for band in bands:
             if not row:
                 b, c, _, width = band.shape
-                values = torch.empty(b, c, height, width, dtype=band.dtype, device=storage)
-            values[:, :, row : row + band.shape[2]] = band.to(storage)
+                values = torch.empty(b, c, height, width, dtype=band.dtype)
+            values[:, :, row : row + band.shape[2]] = band.cpu()
             row += band.shape[2]
             var, of_band = torch.var_mean(band.float(), (2, 3), correction=0)  # b c, b c
             var, of_band = var.double().cpu(), of_band.double().cpu()
@@ -66,20 +66,18 @@ class BandedAutoencoder:
     Args:
         vae: where it is to work.
         tile: a band has as many pixels as a square tile of this side, in latent pixels.
-        storage: where features are kept between layers.
     """
 
-    def __init__(self, vae: AutoencoderKL, tile: int = 32, storage: str | torch.device = "cpu"):
+    def __init__(self, vae: AutoencoderKL, tile: int = 32):
         self.vae = vae
         self.pixels = (tile * vae.config.downsample_factor) ** 2
-        self.storage = torch.device(storage)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """As `AutoencoderKL.decode`; the pictures are in storage."""
+        """As `AutoencoderKL.decode`; the pictures are on the CPU."""
         decoder = self.vae.decoder
         x = decoder.mid_block(decoder.conv_in(self.vae.post_quant_conv(latents)))
-        features = Features.gather([x], x.shape[2], self.storage)
+        features = Features.gather([x], x.shape[2])
         levels: Any = decoder.up_blocks
         for level in levels:
             for resnet in level.resnets:
@@ -90,9 +88,9 @@ class BandedAutoencoder:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> DiagonalGaussian:
-        """As `AutoencoderKL.encode`; the pictures may be in storage already."""
+        """As `AutoencoderKL.encode`; the pictures may be on the CPU."""
         encoder = self.vae.encoder
-        features = Features.gather([images], images.shape[2], self.storage)
+        features = Features.gather([images], images.shape[2])
         features = self._convolution(features, encoder.conv_in)
         levels: Any = encoder.down_blocks
         for level in levels:
@@ -160,9 +158,9 @@ class BandedAutoencoder:
         self, x: Features, band: Callable[[int, int], Tensor], rows: int, height: int | None = None
     ) -> Features:
         """The bands (a, b) of `rows` rows, which give `height` rows, or as many."""
-        step = max(self.pixels // (len(x.values) * x.values.shape[3]), 1)
+        step = max(self.pixels // x.values.shape[3], 1)  # whatever the number of pictures
         bands = (band(a, min(a + step, rows)) for a in range(0, rows, step))
-        return Features.gather(bands, height or rows, self.storage)
+        return Features.gather(bands, height or rows)
 
 
 def _convolve(conv: nn.Conv2d, rows: Tensor) -> Tensor:

@@ -261,6 +261,11 @@ class TextEncoder(nn.Module):
             choices = suggest(str(long_prompts), get_args(LongPrompts))
             raise ConfigError(f"long_prompts is {long_prompts!r}; {choices}")
         sections = parse_weights(prompt) if prompt_weights else [[(prompt, 1.0)]]
+        if long_prompts == "truncate" and any(sections[1:]):
+            raise ConfigError(
+                "prompt: BREAK starts a new chunk, and only one is encoded; leave it out, or give"
+                " long_prompts='chunk' (--long_prompts chunk)"
+            )
         backtrack = BACKTRACK if long_prompts == "chunk" else 0
         chunks = [
             chunk
@@ -287,8 +292,8 @@ class TextEncoder(nn.Module):
     def _weighted(self, chunk: list[Token], clip_skip: int | None) -> Tensor:
         """A chunk's context `n d`, each token's part of it times the token's weight.
 
-        The whole is then scaled to the mean that it had, as the web UI does, where there is a mean:
-        where it lies no further from zero than chance would have it, nothing is scaled.
+        The whole is then scaled back to the mean that it had, as in the web UI; but not where that
+        mean is within one standard error of 0, for then the ratio of the means would be noise.
         """
         states = self._states(torch.tensor([self._row(chunk)]), clip_skip)[0]  # n d
         weights = torch.ones(self.max_tokens)

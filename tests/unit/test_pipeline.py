@@ -162,6 +162,15 @@ def test_a_callback_replaces_latents(tiny_pipeline, sampler):
     torch.testing.assert_close(copied, plain, rtol=1e-4, atol=1e-4)
 
 
+def test_a_callback_may_change_latents_in_place(tiny_pipeline):
+    def zero(pipe, step, timestep, state):
+        state["latents"].zero_()
+        return state
+
+    images, _ = draw(tiny_pipeline, seed=1, output_type="latent", callback_on_step_end=zero)
+    assert torch.equal(images, torch.zeros(1, 4, 8, 8))
+
+
 def test_a_callback_may_replace_latents_as_it_stops(tiny_pipeline):
     other = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
