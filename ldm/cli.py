@@ -31,6 +31,12 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; it may not be loaded here
+            raise
+        hint = "try --cpu_offload, --vae_tiling, --dtype bf16, or a smaller --batch_size"
+        print(f"error: the GPU's memory is full; {hint}", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:  # the reader of our output has gone; say nothing more to it
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

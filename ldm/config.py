@@ -12,6 +12,7 @@ from typing import Literal, get_args
 from ldm.errors import ConfigError, suggest
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
+LongPrompts = Literal["truncate", "chunk"]
 Variance = Literal["fixed_small", "fixed_large"]  # of DDPM's steps
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "cosine_signal_rates"]
 Spacing = Literal["leading", "trailing", "linspace", "karras", "exponential", "beta"]

@@ -10,6 +10,7 @@ import json
 import platform
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import count, groupby
 from pathlib import Path
@@ -57,6 +58,7 @@ def open_model(options: Namespace) -> LatentDiffusionPipeline:
 
     from ldm.pipeline import LatentDiffusionPipeline
 
+    find_device(options.device)
     load: dict[str, Any] = {"torch_dtype": getattr(torch, DTYPES[_dtype(options)])}
     model = locate_model(options.model, variant=options.variant)
     if model.is_file():
@@ -72,15 +74,15 @@ def prepare(pipeline: LatentDiffusionPipeline, options: Namespace) -> LatentDiff
         LdmError: an adapter cannot be read or does not fit, or there is no such device.
     """
     for file, weight in map(split_weight, options.lora):
-        pipeline.load_lora_weights(file, weight)
+        pipeline.load_lora_weights(file, weight, name=file)  # two may be called the same elsewhere
     for file in options.textual_inversion:
         pipeline.load_textual_inversion(file)
     if options.vae_tiling:
         pipeline.enable_vae_tiling()
     if options.cpu_offload:
-        pipeline.enable_model_cpu_offload(_device(options))
+        pipeline.enable_model_cpu_offload(find_device(options.device))
     else:
-        pipeline.to(_device(options))
+        pipeline.to(find_device(options.device))
     return pipeline
 
 
@@ -95,21 +97,46 @@ def record_of(pipeline: LatentDiffusionPipeline, options: Namespace) -> dict[str
     import transformers
 
     inputs = {name: value for name in INPUTS if (value := getattr(options, name, None))}
-    schedule = json.dumps(asdict(pipeline.schedule.config), sort_keys=True)
     return {
         "inputs": {k: str(v) if isinstance(v, Path) else v for k, v in inputs.items()},
         "files": [{"file": f, "sha256": file_hash(f)} for f in input_files(options)],
         "components": pipeline.component_hashes(),
-        "schedule": hashlib.sha256(schedule.encode()).hexdigest(),
+        "configurations": _configurations(pipeline),
         "versions": {
             "ldm": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "device": _device(options),
-        "processor": _processor(_device(options)),
+        "device": find_device(options.device),
+        "processor": _processor(find_device(options.device)),
         "dtype": _dtype(options),
+    }
+
+
+def _configurations(pipeline: LatentDiffusionPipeline) -> dict[str, str]:
+    """SHA-256 of what decides beside the tensors."""
+    encoder, tower = pipeline.text_encoder, pipeline.text_encoder.tower
+    config = getattr(tower.model, "config", None)  # open_clip's models have none
+    names = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+    text = {name: getattr(config, name, None) for name in names}
+    text |= {name: getattr(tower, name) for name in ("max_tokens", "start", "end", "padding")}
+    tokenizer: Any = tower.tokenizer
+    if hasattr(tokenizer, "bpe_ranks"):  # open_clip's
+        words = [tokenizer.encoder, list(tokenizer.bpe_ranks)]
+    else:
+        merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+        words = [tokenizer.get_vocab(), merges]
+    parts = {
+        "schedule": asdict(pipeline.schedule.config),
+        "unet configuration": asdict(pipeline.unet.config),
+        "vae configuration": asdict(pipeline.vae.config),
+        "text_encoder configuration": text | {"skip": encoder.skip},
+        "tokenizer": words,
+    }
+    return {
+        name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
+        for name, part in parts.items()
     }
 
 
@@ -158,7 +185,7 @@ def draw_pictures(options: Namespace) -> None:
     pipeline = open_model(options)
     record = record_of(pipeline, options)
     prepare(pipeline, options)
-    inputs, number = call_inputs(pipeline, options), count(next_number(samples))
+    inputs = call_inputs(pipeline, options)
     grids: dict[tuple[int, int], list[Image.Image]] = {}
     for batch in _batches(pictures, options, pipeline, inputs):
         result = draw(pipeline, batch, inputs)
@@ -166,15 +193,33 @@ def draw_pictures(options: Namespace) -> None:
             grids.setdefault(image.size, []).append(image)
             if options.skip_save:
                 continue
-            file = samples / f"{next(number):05}.{options.format}"
             own = _own_record(pipeline, picture, result, i) | record
-            save_picture(image, file, *([] if options.no_metadata else [_parameters(own), own]))
+            text, own = (None, None) if options.no_metadata else (_parameters(own), own)
+            with new_file(samples, "", 5, f".{options.format}") as file:
+                save_picture(image, file, text, own)
             print(f"{file}  seed {picture.seed}  {picture.prompt}", flush=True)
     for images in grids.values():
         if len(images) > 1 and not options.skip_grid:
-            file = options.outdir / f"grid-{next_number(options.outdir, 'grid-'):04}.png"
-            image_grid(images, options.n_rows).save(file)
+            with new_file(options.outdir, "grid-") as file:
+                save_picture(image_grid(images, options.n_rows), file)
             print(file)
+
+
+def find_device(name: str | None) -> str:
+    """The device of this name; cuda if there is one, else cpu, for None.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name).cpu()  # fails on the meta device, which holds no numbers
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"no device '{name}' to draw on ({reason}); try --device cpu") from None
+    return name
 
 
 def make_folder(folder: Path) -> Path:
@@ -189,6 +234,39 @@ def make_folder(folder: Path) -> Path:
         reason = f"cannot write to {folder} ({error.strerror})"
         raise ConfigError(f"{reason}; choose --outdir") from None
     return folder
+
+
+def claim(folder: Path, prefix: str, digits: int = 4, ending: str = "") -> Path:
+    """Make what has the next free number, so that no other run takes its name.
+
+    Returns:
+        An empty file where there is an ending, a folder where there is none.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    for number in count(next_number(folder, prefix)):
+        path = folder / f"{prefix}{number:0{digits}}{ending}"
+        try:
+            path.touch(exist_ok=False) if ending else path.mkdir()
+            return path
+        except FileExistsError:  # another run was faster
+            continue
+        except OSError as error:
+            reason = f"cannot write {path} ({error.strerror})"
+            raise ConfigError(f"{reason}; choose --outdir") from None
+    raise AssertionError  # count does not end
+
+
+@contextmanager
+def new_file(folder: Path, prefix: str, digits: int = 4, ending: str = ".png") -> Iterator[Path]:
+    """A file of `claim` to fill; it is gone again if that fails."""
+    file = claim(folder, prefix, digits, ending)
+    try:
+        yield file
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
 
 
 def next_number(folder: Path, prefix: str = "") -> int:
@@ -246,14 +324,8 @@ def _parameters(record: dict[str, Any]) -> str:
     return parameters_text(*what, model=model, model_hash=unet)
 
 
-def _device(options: Namespace) -> str:
-    import torch
-
-    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _dtype(options: Namespace) -> str:
-    half = "bf16" if _device(options) == "cpu" else "fp16"
+    half = "bf16" if find_device(options.device) == "cpu" else "fp16"
     return half if options.dtype == "half" else options.dtype
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
@@ -40,7 +41,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
         DataError: the pixels cannot be read.
     """
     try:
-        image = ImageOps.exif_transpose(image)
+        try:
+            image = ImageOps.exif_transpose(image)
+        except (SyntaxError, struct.error):  # damaged EXIF turns nothing
+            image = image.copy()
+        image.info.pop("exif", None)  # it has been applied; nothing reads it a second time
         if image.mode.startswith("I"):
             return _from_deep_grey(image)
         if image.has_transparency_data:

@@ -17,12 +17,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm.config import SamplerName, Spacing, Variance
+from ldm.config import LongPrompts, SamplerName, Spacing, Variance
 from ldm.diffusion.samplers import SamplerSpec, get_sampler
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import ConfigError, suggest
 from ldm.images import from_pil, to_rgb
-from ldm.prompts import LongPrompts
 from ldm.rng import image_generator, image_noise, slerp
 
 ImageInput = Image.Image | Sequence[Image.Image] | np.ndarray | Tensor

@@ -12,7 +12,10 @@ Ours is JSON in a chunk called `ldm`; it holds all that `scripts/verify.py` need
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
+from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +26,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm import __version__
 from ldm.errors import DataError
+from ldm.settings import READERS
+
+logger = logging.getLogger(__name__)
 
 RECORD = "ldm"  # the key of our own chunk
 SAMPLERS = {
@@ -61,24 +67,32 @@ AUTOMATIC = {
 }
 """What the schedule type `Automatic` means there, where it is not `Uniform`."""
 _KEYS = {
-    "Steps": ("num_inference_steps", int),
-    "CFG scale": ("guidance_scale", float),
-    "Variation seed": ("variation_seed", int),
-    "Variation seed strength": ("variation_strength", float),
-    "Denoising strength": ("strength", float),
-    "Eta DDIM": ("eta", float),
-    "Eta": ("eta", float),
+    "Steps": "num_inference_steps",
+    "CFG scale": "guidance_scale",
+    "Seed": "seed",
+    "Variation seed": "variation_seed",
+    "Variation seed strength": "variation_strength",
+    "Denoising strength": "strength",
+    "Eta DDIM": "eta",
+    "Eta": "eta",
 }
 # Settings of ours that the web UI has not; their keys are our names with a capital.
 _OURS = ("guidance_rescale", "guidance_interval", "dynamic_threshold", "long_prompts", "variance")
 _OURS += ("timesteps", "sigmas")
+_KEYS |= {name.capitalize().replace("_", " "): name for name in _OURS}
 # They change no pixel, or belong to what the user chooses here: the model and its adapters.
 _SILENT = {"Model", "Model hash", "VAE", "VAE hash", "Version", "User", "Batch size", "Batch pos"}
 _SILENT |= {"Init image hash", "Lora hashes", "TI hashes", "Clip skip", "Sampler", "Schedule type"}
-_SILENT |= {"Seed", "Size", "RNG", "Emphasis"}
+_SILENT |= {"Size", "RNG", "Emphasis"}
+# What every record has.
+_RECORD_TYPES = {"prompt": str, "negative_prompt": str, "seed": int, "settings": dict}
+_RECORD_TYPES |= {"batch": list, "inputs": dict, "files": list, "components": dict}
+_RECORD_TYPES |= {"configurations": dict, "versions": dict, "device": str, "processor": str}
+_RECORD_TYPES |= {"dtype": str}
 _PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>")
 _EXIF, _USER_COMMENT = 0x8769, 0x9286
+_JPEG_LIMIT = 65533  # bytes of a segment, its length apart
 
 
 class HowMade(NamedTuple):
@@ -134,8 +148,8 @@ def parameters_text(
         shown["Clip skip"] = skip + 1  # there, 1 is the last layer; in diffusers, 0
     if not rest.pop("prompt_weights", True):
         shown["Emphasis"] = "None"
-    names = {name: key for key, (name, _) in _KEYS.items()}
-    shown |= {names.get(k, k.capitalize().replace("_", " ")): v for k, v in rest.items()}
+    names = {name: key for key, name in _KEYS.items()}
+    shown |= {names[name]: value for name, value in rest.items()}
     shown |= {"RNG": "CPU", "Version": f"ldm {__version__}"}
     pairs = ", ".join(
         f"{key}: {_quoted(value)}" for key, value in shown.items() if value is not None
@@ -160,45 +174,50 @@ def parse_parameters(text: str) -> HowMade:
     prompt, negative = "\n".join(lines[:start]), "\n".join(lines[start:])
     negative = negative.removeprefix("Negative prompt:")
     found = {key: _unquoted(value) for key, value in _PAIR.findall(last)}
-    settings: dict[str, Any] = {}
+    texts: dict[str, str] = {}
     odd: list[str] = []
-
-    def take(key: str, name: str, kind: Any) -> None:
-        try:
-            settings[name] = kind(found[key])
-        except ValueError:
-            odd.append(f"{key}: {found[key]}")
-
     own = found.get("Version", "").startswith("ldm ")
     if not own and last:
-        settings["long_prompts"] = "chunk"  # as the web UI always does
+        texts["long_prompts"] = "chunk"  # as the web UI always does
         if found.get("RNG") != "CPU":
             odd.append(f"RNG: {found.get('RNG', 'GPU')} (the same seed draws other noise here)")
         odd += _NETWORK.findall(prompt)
         prompt = _NETWORK.sub("", prompt)
-    _take_sampler(found, settings, odd, own)
-    for key, (name, kind) in _KEYS.items():
-        if key in found:
-            take(key, name, kind)
-    for name in _OURS:
-        if (key := name.capitalize().replace("_", " ")) in found:
-            take(key, name, _value)
-    if "Clip skip" in found:
-        take("Clip skip", "clip_skip", lambda value: int(value) - 1)
+    _take_sampler(found, texts, odd, own)
+    texts |= {name: found[key] for key, name in _KEYS.items() if key in found}
+    if skip := found.get("Clip skip"):
+        texts["clip_skip"] = str(int(skip[:9]) - 1) if skip.isdecimal() else skip
     if size := re.fullmatch(r"(\d+)x(\d+)", found.get("Size", "")):
-        settings |= {"width": int(size[1]), "height": int(size[2])}
-    if found.get("Emphasis") == "None":
-        settings["prompt_weights"] = False
-    seed = found.get("Seed", "")
-    known = _SILENT | _KEYS.keys() | {name.capitalize().replace("_", " ") for name in _OURS}
-    odd += [f"{key}: {value}" for key, value in found.items() if key not in known]
-    return HowMade(
-        prompt.strip(), negative.strip(), int(seed) if seed.isdecimal() else None, settings, odd
-    )
+        texts |= {"width": size[1], "height": size[2]}
+    if (emphasis := found.get("Emphasis", "Original")) == "None":
+        texts["prompt_weights"] = "false"
+    elif emphasis != "Original":
+        odd.append(f"Emphasis: {emphasis}")
+    settings = _read(texts, odd)
+    odd += [f"{k}: {v}" for k, v in found.items() if k not in _SILENT | _KEYS.keys()]
+    return HowMade(prompt.strip(), negative.strip(), settings.pop("seed", None), settings, odd)
+
+
+def _read(texts: Mapping[str, str], odd: list[str]) -> dict[str, Any]:
+    """The settings that can be used; to `odd` go the others, by the web UI's names."""
+    settings: dict[str, Any] = {}
+    shown = {name: key for key, name in _KEYS.items()}
+    for name, text in texts.items():
+        try:
+            settings[name] = READERS[name](text)
+        except (ArgumentTypeError, KeyError):
+            odd.append(f"{shown.get(name, name)}: {text}")
+    unused = [] if settings.get("variation_strength") else ["variation_seed"]
+    unused += [] if settings.get("sampler", "ddim") == "ddim" else ["eta"]
+    unused += ["timesteps"] if "sigmas" in settings else []
+    for name in unused:
+        if name in settings:
+            odd.append(f"{shown[name]}: {settings.pop(name)}")
+    return settings
 
 
 def _take_sampler(
-    found: Mapping[str, str], settings: dict[str, Any], odd: list[str], own: bool
+    found: Mapping[str, str], settings: dict[str, str], odd: list[str], own: bool
 ) -> None:
     """The sampler and its spacing, which before version 1.9 was a part of the sampler's name."""
     samplers = _by_any_name(SAMPLERS)
@@ -227,6 +246,7 @@ def save_picture(
     file: Path,
     parameters: str | None = None,
     record: Mapping[str, Any] | None = None,
+    **animation: Any,
 ) -> None:
     """Write a picture, and in it how it was made.
 
@@ -238,20 +258,35 @@ def save_picture(
         file: its ending says the format: .png, .jpg or .webp.
         parameters: of `parameters_text`.
         record: JSON of our own; only a PNG holds it.
+        animation: further options of Pillow's for several pictures in one WebP.
+
+    Raises:
+        DataError: it cannot be written; nothing is left of it.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"quality": 95, **animation}
     if file.suffix == ".png":
-        info = PngInfo()
+        options = {"pnginfo": (info := PngInfo())}
         if parameters:
             info.add_itxt("parameters", parameters)
         if record:
             info.add_itxt(RECORD, json.dumps(record, ensure_ascii=False))
-        image.save(file, pnginfo=info)
-        return
-    exif = Image.Exif()
-    if parameters:
+    elif parameters:
+        exif = Image.Exif()
         exif.get_ifd(_EXIF)[_USER_COMMENT] = b"UNICODE\0" + parameters.encode("utf-16-be")
-    image.save(file, exif=exif, quality=95)
+        if file.suffix == ".jpg" and len(exif.tobytes()) > _JPEG_LIMIT:
+            logger.warning("%s does not say how it was made: too long for a JPEG", file)
+        else:
+            options["exif"] = exif
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.stem}.{os.getpid()}{file.suffix}")
+    try:
+        image.save(temporary, **options)
+        temporary.replace(file)
+    except OSError as error:
+        reason = f"cannot write {file} ({error.strerror or error})"
+        raise DataError(f"{reason}; make room, or write elsewhere") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_parameters(file: Path) -> str | None:
@@ -284,10 +319,13 @@ def read_record(file: Path) -> dict[str, Any] | None:
         text = image.info.get(RECORD)
     if text is None:
         return None
-    record = _value(text)
-    if not isinstance(record, dict) or not record.keys() >= {"prompt", "seed", "settings"}:
-        raise DataError(f"{file}: its record of how it was made is damaged; draw it again")
-    return record
+    try:
+        record = json.loads(text)
+        if all(isinstance(record[name], kind) for name, kind in _RECORD_TYPES.items()):
+            return record
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise DataError(f"{file}: its record of how it was made is damaged; draw it again")
 
 
 def read_settings(file: Path) -> HowMade:
@@ -297,8 +335,12 @@ def read_settings(file: Path) -> HowMade:
         DataError: there is no such picture, or it says nothing.
     """
     if record := read_record(file):
-        negative = record.get("negative_prompt", "")
-        return HowMade(record["prompt"], negative, record["seed"], record["settings"], [])
+        texts = {"seed": record["seed"]} | record["settings"]
+        odd: list[str] = []
+        texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in texts.items()}
+        settings = _read(texts, odd)
+        seed = settings.pop("seed", None)
+        return HowMade(record["prompt"], record["negative_prompt"], seed, settings, odd)
     if text := read_parameters(file):
         return parse_parameters(text)
     raise DataError(f"{file} does not say how it was made; give a picture that has `parameters`")
@@ -337,13 +379,5 @@ def _quoted(value: Any) -> str:
 def _unquoted(text: str) -> str:
     try:
         return json.loads(text) if text.startswith('"') else text
-    except ValueError:
-        return text
-
-
-def _value(text: str) -> Any:
-    """A number or a list as JSON; any other text as it stands."""
-    try:
-        return json.loads(text)
     except ValueError:
         return text

@@ -6,19 +6,21 @@ whatever is wrong with the options is said before a model is opened.
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from argparse import Action, ArgumentTypeError, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from ldm.checkpoint.locate import downsample_factor, locate_model
 from ldm.cli import Parser
-from ldm.config import Prediction, SamplerName, Spacing, check_size
+from ldm.config import LongPrompts, Prediction, SamplerName, Spacing, check_size
 from ldm.errors import ConfigError, suggest
 from ldm.metadata import read_settings
-from ldm.prompts import LongPrompts
+from ldm.prompts import parse_weights
+from ldm.settings import MAX_SEED, READERS, real, within
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Arguments of the call that are the same for all pictures of a prompt.
@@ -36,51 +38,24 @@ class Picture(NamedTuple):
     seed: int
     variation_seed: int | None
     settings: dict[str, Any]
+    where: str = ""  # "FILE, line N: " of a prompt file, for messages
 
 
-def within(low: float, high: float = float("inf"), kind: type = int) -> Callable[[str], Any]:
-    """A type for argparse: a number of this kind from `low` to `high`."""
-
-    def read(text: str) -> Any:
-        try:
-            number = kind(text)
-        except ValueError:
-            raise ArgumentTypeError(f"'{text}' is not a number of type {kind.__name__}") from None
-        if not low <= number <= high:
-            end = "or more" if high == float("inf") else f"to {high:g}"
-            raise ArgumentTypeError(f"{text} is out of range; it must be {low:g} {end}")
-        return number
-
-    return read
-
-
-def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """A type for argparse: values of this kind with commas between them."""
-    return lambda text: [kind(word) for word in text.split(",")]
-
-
-def _sampler(text: str) -> str:
-    if text not in (names := get_args(SamplerName)):
-        raise ArgumentTypeError(f"there is no sampler '{text}'; {suggest(text, names)}")
-    return text
-
-
-# The options of a line in a prompt file, by kohya's names, and what reads their values.
-LINE_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "n": ("negative_prompt", str),
-    "w": ("width", within(1)),
-    "h": ("height", within(1)),
-    "d": ("seed", within(0)),
-    "s": ("num_inference_steps", within(1)),
-    "l": ("guidance_scale", within(0, kind=float)),
-    "ss": ("sampler", _sampler),
+# The options of a line in a prompt file, by kohya's names.
+LINE_OPTIONS = {
+    "n": "negative_prompt",
+    "w": "width",
+    "h": "height",
+    "d": "seed",
+    "s": "num_inference_steps",
+    "l": "guidance_scale",
+    "ss": "sampler",
 }
 
 
 def add_options(parser: Parser, outdir: str) -> None:
     """The options of every drawing script, in the words of diffusers and of CompVis."""
     own = "the model's own if not given"
-    share = within(0, 1, float)
 
     add = parser.add_argument_group("what to draw").add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="what to draw")
@@ -95,19 +70,19 @@ def add_options(parser: Parser, outdir: str) -> None:
     add("--n_iter", type=within(1), default=1, help="times --num_images_per_prompt")
     add("--batch_size", type=within(1), help="pictures at a time, about a megapixel if not given;"
         " changes no picture but by rounding")  # fmt: skip
-    add("--seed", type=within(-1), default=42, help="of the first picture, then one more each;"
-        " 42 if not given; -1: random")  # fmt: skip
+    add("--seed", type=within(-1, MAX_SEED), default=42, help="of the first picture, then one"
+        " more each; 42 if not given; -1: random")  # fmt: skip
     add("--fixed_code", action="store_true", help="the same seed for all pictures")
-    add("--variation_seed", type=within(0), help="noise to lead towards, then one more each")
-    add("--variation_strength", type=share, help="how far to lead there, 0 to 1")
+    add("--variation_seed", type=READERS["seed"], help="noise to lead towards, then one more each")
+    add("--variation_strength", type=within(0, 1, float), help="how far to lead there, 0 to 1")
 
     add = parser.add_argument_group("how to draw it").add_argument
     add("--num_inference_steps", "--steps", "--ddim_steps", type=within(1), help=own)
-    add("--guidance_scale", "--scale", "--cfg_scale", type=float, help=own)
-    add("--guidance_rescale", type=share, help="of Lin et al. 2024, 0 to 1")
-    add("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide only"
+    add("--guidance_scale", "--scale", "--cfg_scale", type=real, help=own)
+    add("--guidance_rescale", type=within(0, 1, float), help="of Lin et al. 2024, 0 to 1")
+    add("--guidance_interval", type=real, nargs=2, metavar=("LOW", "HIGH"), help="guide only"
         " at noise levels (sigmas) between these two")  # fmt: skip
-    add("--dynamic_threshold", type=float, nargs=2, metavar=("PERCENTILE", "LIMIT"), help="of"
+    add("--dynamic_threshold", type=real, nargs=2, metavar=("PERCENTILE", "LIMIT"), help="of"
         " Imagen; 0.995 3 for example")  # fmt: skip
     add("--height", "--H", type=within(0), help=f"in pixels; {own}")
     add("--width", "--W", type=within(0), help=f"in pixels; {own}")
@@ -121,13 +96,14 @@ def add_options(parser: Parser, outdir: str) -> None:
             help=f"same as --sampler {name}",
         )
     add("--timestep_spacing", choices=get_args(Spacing), help=own)
+    add("--timesteps", type=READERS["timesteps"], help="to visit, instead of a spacing: 999,500,1")
+    add("--sigmas", type=READERS["sigmas"], help="to visit, likewise: 14.6,3,0.5,0")
     add(
-        "--timesteps",
-        type=numbers(within(0, kind=float)),
-        help="to visit, instead of a spacing: 999,500,1",
+        "--eta",
+        "--ddim_eta",
+        type=within(0, 1, float),
+        help="of DDIM: 0 draws no noise, 1 as much as DDPM",
     )
-    add("--sigmas", type=numbers(within(0, kind=float)), help="to visit, likewise: 14.6,3,0.5,0")
-    add("--eta", "--ddim_eta", type=share, help="of DDIM: 0 draws no noise, 1 as much as DDPM")
     add(
         "--variance",
         choices=["fixed_small", "fixed_large"],
@@ -150,7 +126,7 @@ def add_options(parser: Parser, outdir: str) -> None:
     add("--precision", dest="dtype", action=_Precision, choices=["full", "autocast"],
         help="CompVis's word: fp32, or fp16 (on a CPU bf16)")  # fmt: skip
     add("--device", help="cuda if there is one, else cpu")
-    add("--vae_tiling", action="store_true", help="decode large pictures piece by piece")
+    add("--vae_tiling", action="store_true", help="encode and decode in bands, in less memory")
     add("--cpu_offload", action="store_true", help="keep on the GPU only what is at work")
 
     add = parser.add_argument_group("where to").add_argument
@@ -186,9 +162,14 @@ def read_options(parser: Parser, arguments: Sequence[str]) -> Namespace:
         odd = [f"{k}: {v}" for k, v in values.items() if k not in vars(options)]
         if odd := odd + made.not_understood:
             print(f"not used of {options.settings_from}: {'; '.join(odd)}")
-    low, high = options.guidance_interval or (0, 1)
-    if low >= high:
-        raise ConfigError(f"guidance_interval is {low:g} to {high:g}; give the lower one first")
+    for name in ("guidance_interval", "dynamic_threshold"):
+        try:
+            if pair := getattr(options, name):
+                READERS[name](json.dumps(pair))
+        except ArgumentTypeError as error:
+            raise ConfigError(f"{name} is {error}") from None
+    if options.timesteps and options.sigmas:
+        raise ConfigError("give --timesteps or --sigmas, one of the two")
     for file in input_files(options):
         if not Path(file).exists():
             raise ConfigError(f"no file {file}; give one that is there")
@@ -216,13 +197,18 @@ def plan(options: Namespace) -> list[Picture]:
     if model.is_dir() and (options.config or options.prediction_type):
         raise ConfigError(f"{model} is a folder; config and prediction_type are for single files")
     factor = downsample_factor(model)
+    if _paints_in(model) and not hasattr(options, "outpaint"):
+        raise ConfigError(f"{options.model} is an inpainting model; use inpaint.py, or another one")
     one_seed = options.fixed_code or options.variation_strength
     shared = {name: getattr(options, name, None) for name in SETTINGS}
     pictures = []
     for prompt, own, where in lines:
         settings = {k: v for k, v in (shared | own).items() if v is not None and k in SETTINGS}
+        negative = own.get("negative_prompt", options.negative_prompt)
         try:
             check_size(settings.get("height", factor), settings.get("width", factor), factor)
+            for text in (prompt, negative):
+                _check_prompt(text, settings)
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from None
         for i in range(options.num_images_per_prompt * options.n_iter):
@@ -231,13 +217,34 @@ def plan(options: Namespace) -> list[Picture]:
             pictures.append(
                 Picture(
                     prompt,
-                    own.get("negative_prompt", options.negative_prompt),
+                    negative,
                     own.get("seed", options.seed) + step,
                     None if variation is None else variation + len(pictures),
                     settings,
+                    where,
                 )
             )
     return pictures
+
+
+def _paints_in(model: Path) -> bool:
+    """Whether a folder's U-Net is shown a picture and a mask beside the noise."""
+    file = model / "unet" / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return config["in_channels"] > config["out_channels"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # a single file; and opening a damaged folder says what is wrong with it
+
+
+def _check_prompt(text: str, settings: dict[str, Any]) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"prompt {text!a} is not UTF-8 text; write it as such") from None
+    sections = parse_weights(text) if settings["prompt_weights"] else []
+    if sum(map(bool, sections)) > 1 and settings.get("long_prompts") != "chunk":
+        raise ConfigError("prompt: BREAK needs --long_prompts chunk; give it, or leave out BREAK")
 
 
 def read_prompts(file: Path) -> list[tuple[str, dict[str, Any], str]]:
@@ -256,7 +263,7 @@ def read_prompts(file: Path) -> list[tuple[str, dict[str, Any], str]]:
     except UnicodeDecodeError:
         raise ConfigError(f"{file} is not UTF-8 text; save it as such") from None
     lines = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         where = f"{file}, line {number}: "
@@ -266,9 +273,9 @@ def read_prompts(file: Path) -> list[tuple[str, dict[str, Any], str]]:
             key, _, value = part.strip().partition(" ")
             if key not in LINE_OPTIONS:
                 raise ConfigError(f"{where}no option --{key}; {suggest(key, LINE_OPTIONS)}")
-            name, read = LINE_OPTIONS[key]
+            name = LINE_OPTIONS[key]
             try:
-                options[name] = read(value.strip())
+                options[name] = READERS.get(name, str)(value.strip())
             except ArgumentTypeError as error:
                 raise ConfigError(f"{where}--{key}: {error}") from None
         lines.append((prompt.strip(), options, where))

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.config import SamplerName, Spacing, Variance, check_size
+from ldm.config import LongPrompts, SamplerName, Spacing, Variance, check_size
 from ldm.diffusion.denoiser import Denoiser, Network
 from ldm.diffusion.guidance import guided, masked, thresholded
 from ldm.diffusion.prediction import from_vp, to_vp
@@ -42,7 +42,6 @@ from ldm.inputs import (
     to_pixels,
 )
 from ldm.model import Model
-from ldm.prompts import LongPrompts
 from ldm.rng import image_noise
 
 logger = logging.getLogger(__name__)

@@ -18,11 +18,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from ldm.errors import ConfigError
-
-LongPrompts = Literal["truncate", "chunk"]
 
 ROUND, SQUARE = 1.1, 1 / 1.1
 BACKTRACK = 20  # tokens; a clause no longer than this moves to the next chunk whole

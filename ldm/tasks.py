@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import inputs
+from ldm.config import LongPrompts
 from ldm.errors import ConfigError
 from ldm.images import image_grid, to_rgb
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.prompts import LongPrompts
 from ldm.rng import image_generator, image_noise, slerp
 
 

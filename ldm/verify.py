@@ -11,14 +11,16 @@ import numpy as np
 from PIL import Image
 
 from ldm.drawing import INPUTS, call_inputs, draw, open_model, prepare, record_of
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, DataError
 from ldm.images import read_image
-from ldm.metadata import file_hash, read_record
-from ldm.options import Picture, input_files
+from ldm.metadata import file_hash, read_record, read_settings
+from ldm.options import DTYPES, Picture, input_files, split_weight
 
 if TYPE_CHECKING:
     from ldm.pipeline import LatentDiffusionPipeline
 
+_INPUT_TYPES = dict.fromkeys(INPUTS, str) | dict.fromkeys(("vae_tiling", "cpu_offload"), bool)
+_INPUT_TYPES |= dict.fromkeys(("lora", "textual_inversion", "outpaint"), list)
 TOLERANCE = 2  # levels of 255: what another processor or version may round otherwise
 
 
@@ -27,21 +29,22 @@ def verify(file: Path, moved: Mapping[str, str | None] | None = None) -> tuple[b
 
     Args:
         file: a PNG that ldm has written.
-        moved: options of the drawing scripts that are others now: `model`, `image`, `mask_image`
-            where they have moved, `device`.
+        moved: options of the drawing scripts that are others now: where files have moved to (the
+            weight of a LoRA is that of the record), and `device`.
 
     Returns:
         Whether it is the same, to `TOLERANCE` levels; and one line that says so, or what differs.
 
     Raises:
-        ConfigError: the picture has no record.
+        ConfigError: the picture has no record, or `moved` names what it was drawn without.
         LdmError: the picture or the model cannot be read.
     """
     record = read_record(file)
     if record is None:
         raise ConfigError(f"{file} has no record of how ldm made it; there is nothing to verify")
-    options = _options(record)
-    vars(options).update({name: value for name, value in (moved or {}).items() if value})
+    if odd := _odd(record) + read_settings(file).not_understood:
+        raise DataError(f"{file}: its record is damaged ({'; '.join(odd)}); draw it again")
+    options = _options(record, {name: value for name, value in (moved or {}).items() if value})
     changed = _changed_files(record, options)
     if not changed:
         pipeline = open_model(options)
@@ -58,17 +61,49 @@ def verify(file: Path, moved: Mapping[str, str | None] | None = None) -> tuple[b
     return levels <= TOLERANCE, f"{verdict}: {file}: {levels} of 255 levels; {'; '.join(machine)}"
 
 
-def _options(record: Mapping[str, Any]) -> Namespace:
+def _odd(record: Mapping[str, Any]) -> list[str]:
+    """What no drawing script would have written."""
+    odd = []
+    match record["batch"]:
+        case [int(index), int(size)] if 0 <= index < size:
+            pass
+        case other:
+            odd.append(f"batch: {other}")
+    for name, value in record["inputs"].items():
+        kind = int if name == "outpaint" else str
+        items = value if isinstance(value, list) else []
+        fits = isinstance(value, _INPUT_TYPES.get(name, ()))
+        if not fits or not all(isinstance(item, kind) for item in items):
+            odd.append(f"{name}: {value}")
+    odd += [] if record["dtype"] in DTYPES else [f"dtype: {record['dtype']}"]
+    for entry in record["files"]:
+        if not isinstance(entry, dict) or "sha256" not in entry:
+            odd.append(f"files: {entry}")
+    return odd
+
+
+def _options(record: Mapping[str, Any], moved: Mapping[str, Any]) -> Namespace:
     """The options of a drawing script that open what a picture was drawn with."""
     none = dict.fromkeys(INPUTS) | {"lora": [], "textual_inversion": []}
+    inputs = none | record["inputs"]
+    for name, value in moved.items():
+        then = inputs.get(name, value)
+        if not then or (isinstance(value, list) and len(value) != len(then)):
+            raise ConfigError(f"it was drawn with {then or 'no'} {name}; give as many, or none")
+    weights = [split_weight(lora)[1] for lora in inputs["lora"]]
+    inputs |= moved
+    files = [split_weight(lora)[0] for lora in inputs["lora"]]
+    inputs["lora"] = [f"{file}:{weight}" for file, weight in zip(files, weights, strict=True)]
     device = "cpu" if record["device"] == "cpu" else None  # a GPU of another name will do
-    return Namespace(**none | record["inputs"] | {"dtype": record["dtype"], "device": device})
+    return Namespace(**{"dtype": record["dtype"], "device": device} | inputs)
 
 
 def _changed_files(record: Mapping[str, Any], options: Namespace) -> list[str]:
     """Which adapters and pictures are missing, or are others than in the record."""
     changed = []
-    for then, now in zip(record["files"], input_files(options), strict=True):
+    if len(record["files"]) != len(files := input_files(options)):
+        return [f"the record has {len(record['files'])} files, and {len(files)} are named"]
+    for then, now in zip(record["files"], files, strict=True):
         if not Path(now).exists():
             changed.append(f"{now} is missing")
         elif file_hash(now) != then["sha256"]:
@@ -78,18 +113,18 @@ def _changed_files(record: Mapping[str, Any], options: Namespace) -> list[str]:
 
 def _changed_model(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Which parts of the model are others than in the record, by name."""
-    then, here = (made["components"] | {"schedule": made["schedule"]} for made in (record, now))
+    then, here = (made["components"] | made["configurations"] for made in (record, now))
     return [
-        f"another {name} ({then[name][:10]} then, {here[name][:10]} now)"
-        for name in then
-        if then[name] != here[name]
+        f"another {name} ({str(then.get(name))[:10]} then, {digest[:10]} now)"
+        for name, digest in here.items()
+        if then.get(name) != digest
     ]
 
 
 def _changed_machine(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Which versions and processor are others than in the record."""
     then, here = (made["versions"] | {"processor": made["processor"]} for made in (record, now))
-    return [f"{k} {then[k]} then, {here[k]} now" for k in then if then[k] != here[k]]
+    return [f"{k} {then.get(k)} then, {here[k]} now" for k in here if then.get(k) != here[k]]
 
 
 def _redraw(

@@ -15,30 +15,35 @@ import _ours  # noqa: F401
 from ldm.checkpoint.locate import locate_model
 from ldm.cli import Parser, run
 from ldm.config import SamplerName
+from ldm.drawing import find_device, make_folder
+from ldm.settings import READERS, real, within
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = Parser("evaluate.py", description=__doc__)
-    parser.add_argument("--model", default="flowers", help="bundled, a folder, or a hub name")
-    parser.add_argument("--number", type=int, default=100, help="pictures for each figure")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture")
-    parser.add_argument("--num_inference_steps", "--steps", type=int, help="the model's by default")
-    parser.add_argument("--guidance_scale", "--scale", type=float, help="the model's by default")
+    parser.add_argument("--model", default="flowers", help="bundled, a folder, a single file, or a"
+        " name on the hub")  # fmt: skip
+    parser.add_argument("--number", type=within(1), default=100, help="pictures for each figure")
+    parser.add_argument("--seed", type=READERS["seed"], default=0, help="of the first picture")
+    parser.add_argument(
+        "--num_inference_steps", "--steps", type=within(1), help="the model's own if not given"
+    )
+    parser.add_argument(
+        "--guidance_scale", "--scale", type=real, help="the model's own if not given"
+    )
     parser.add_argument("--sampler", default="ddim", choices=get_args(SamplerName))
     parser.add_argument("--device", help="cuda if there is one, else cpu")
     parser.add_argument("--outdir", type=Path, default=Path("outputs/evaluate"))
     options = parser.parse_args(arguments)
-    folder = locate_model(options.model)
-
-    import torch
+    model = locate_model(options.model)
+    make_folder(options.outdir)
+    device = find_device(options.device)
 
     from ldm.evaluation.evaluate import QUESTIONS, ask, reconstruction_psnr
     from ldm.images import image_grid
     from ldm.pipeline import LatentDiffusionPipeline
 
-    pipeline = LatentDiffusionPipeline.from_pretrained(folder)
-    pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    options.outdir.mkdir(parents=True, exist_ok=True)
+    pipeline = LatentDiffusionPipeline.from_pretrained(model).to(device)
     figures: dict[str, float] = {"number": options.number}
     for name, make in QUESTIONS.items():
         result = ask(

@@ -15,7 +15,8 @@ import _ours  # noqa: F401
 from ldm.cli import Parser, run
 from ldm.drawing import draw_pictures
 from ldm.errors import ConfigError
-from ldm.options import add_options, read_options, within
+from ldm.options import add_options, read_options
+from ldm.settings import within
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 import _ours  # noqa: F401
 
 from ldm.cli import Parser, run
-from ldm.drawing import draw_pictures, make_folder, next_number, open_model, prepare
-from ldm.options import add_options, numbers, plan, read_options, within
+from ldm.drawing import draw_pictures, make_folder, new_file, open_model, prepare
+from ldm.errors import ConfigError
+from ldm.metadata import save_picture
+from ldm.options import add_options, plan, read_options
+from ldm.settings import numbers, within
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -29,10 +32,22 @@ def main(arguments: Sequence[str]) -> None:
 
 def draw_strips(options: Namespace) -> None:
     """One strip a picture that the options ask for."""
+    columns = options.denoising_strip
+    if options.step_strip and columns:
+        raise ConfigError("give --step_strip or --denoising_strip, one of the two")
+    if options.step_strip and (options.sigmas or options.timesteps):
+        raise ConfigError("step_strip chooses the steps; leave out --sigmas and --timesteps")
+    if options.variation_strength:
+        raise ConfigError("a strip has no variations; leave out --variation_strength")
     pictures, folder = plan(options), make_folder(options.outdir)
     pipeline = prepare(open_model(options), options)
     from ldm.tasks import denoising_strip, step_strip
 
+    for picture in pictures if columns else []:
+        steps = pipeline.defaults | picture.settings
+        grid = steps.get("timesteps") or [s for s in steps.get("sigmas", []) if s]
+        if columns > (most := len(grid) or steps["num_inference_steps"]):
+            raise ConfigError(f"{picture.where}{columns} columns of {most} steps; ask for fewer")
     for picture in pictures:
         shared = {"negative_prompt": picture.negative_prompt, "seed": picture.seed}
         shared |= picture.settings
@@ -40,9 +55,9 @@ def draw_strips(options: Namespace) -> None:
             shared.pop("num_inference_steps", None)
             image = step_strip(pipeline, picture.prompt, options.step_strip, **shared)
         else:
-            image = denoising_strip(pipeline, picture.prompt, options.denoising_strip, **shared)
-        file = folder / f"strip-{next_number(folder, 'strip-'):04}.png"
-        image.save(file)
+            image = denoising_strip(pipeline, picture.prompt, columns, **shared)
+        with new_file(folder, "strip-") as file:
+            save_picture(image, file)
         print(f"{file}  seed {picture.seed}  {picture.prompt}", flush=True)
 
 

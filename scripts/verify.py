@@ -20,8 +20,10 @@ def main(arguments: Sequence[str]) -> None:
     parser = Parser("verify.py", description=__doc__)
     add = parser.add_argument
     add("file", type=Path, metavar="PICTURE", help="a PNG that ldm has written")
-    for name in ("model", "image", "mask_image"):
+    for name in ("model", "config", "image", "mask_image"):
         add(f"--{name}", metavar="PATH", help="where it is now, if it was moved")
+    for name in ("lora", "textual_inversion"):
+        add(f"--{name}", action="append", metavar="FILE", help="likewise; all of them, in order")
     add("--device", help="the one of then, if there is one")
     options = vars(parser.parse_args(arguments))
     same, line = verify(options.pop("file"), options)

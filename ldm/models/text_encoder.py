@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ldm.config import LongPrompts
 from ldm.errors import CheckpointError, ConfigError, suggest
-from ldm.prompts import BACKTRACK, LongPrompts, Token, parse_weights, split_chunks
+from ldm.prompts import BACKTRACK, Token, parse_weights, split_chunks
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer

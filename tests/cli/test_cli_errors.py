@@ -1,5 +1,6 @@
 """Bad input: exit code 2, exactly one line on stderr, and nothing heavy loaded to find out."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from ldm import cli
+from ldm.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("[a-z]*.py"))
@@ -48,6 +52,7 @@ def place(tmp_path_factory):
     """Prompt files, configurations and data sets that are wrong in one way each."""
     place = tmp_path_factory.mktemp("wrong")
     (place / "latin1.txt").write_bytes("fleur fanée".encode("latin-1"))
+    (place / "keys.txt").write_text("b\nc --s 9\n")
     (place / "blank.txt").write_text("\n \n")
     (place / "misspelt.yaml").write_text("learning_rat: 1.0e-3\n")
     (place / "nested.yaml").write_text("unet:\n  layers_per_blok: 1\n")
@@ -65,8 +70,18 @@ def place(tmp_path_factory):
         "number": "--w big",
         "size": "--w 30",
         "steps": "--s 0",
+        "prompt": "[a|b]",
+        "negative": "--n <lora:x:1>",
+        "seed": f"--d {'9' * 23}",
+        "scale": "--l nan",
     }.items():
         (place / f"{name}.txt").write_text(f"# comment\n\na flower {line}\n")
+    for part, config in (
+        ("vae", {"block_out_channels": [8]}),
+        ("unet", {"in_channels": 9, "out_channels": 4}),
+    ):
+        (place / "nine" / part).mkdir(parents=True)
+        (place / "nine" / part / "config.json").write_text(json.dumps(config))
     (place / "sampler.txt").write_text("a flower --ss eulr\n")
     (place / "bare").mkdir()
     Image.new("RGB", (8, 8)).save(place / "bare" / "0.png")
@@ -83,10 +98,31 @@ TXT2IMG = {
     "width": ("--model {model} --width 30", "width is 30; it must be .* multiple of 4, such as 32"),
     "height": ("--model {model} --H 0", "height is 0; it must be a positive multiple of 4"),
     "steps": ("--steps 0", "--num_inference_steps.*: 0 is out of range; it must be 1 or more"),
-    "seed": ("--seed -2", "--seed: -2 is out of range; it must be -1 or more"),
+    "seed": ("--seed -2", "--seed: -2 is out of range; it must be -1 to 9223372036854775807"),
     "eta": ("--eta 1.5", "--eta.*: 1.5 is out of range; it must be 0 to 1"),
     "pictures": ("--n_samples 0", "--n_samples: 0 is out of range"),
-    "interval": ("--guidance_interval 3 1", "guidance_interval is 3 to 1; give the lower one"),
+    "interval": ("--guidance_interval 3 1", "guidance_interval is 3 1; give the lower one"),
+    "interval below 0": ("--guidance_interval -1 3", "guidance_interval is -1 3; give"),
+    "threshold": ("--dynamic_threshold 2 1", "dynamic_threshold is 2 1; the percentile must be in"),
+    "no number": ("--scale nan", "--guidance_scale.*: nan is out of range; it must be finite"),
+    "infinite": ("--sigmas inf,1,0", "--sigmas: inf is out of range; it must be 0 or more"),
+    "rising": ("--sigmas 1,2", "--sigmas: 1,2 does not descend; give the highest first"),
+    "two grids": ("--sigmas 2,1 --timesteps 9,1", "give --timesteps or --sigmas, one of the two"),
+    "large seed": (
+        "--seed 9223372036854775808",
+        "--seed: 9[0-9]+ is out of range; it must be -1 to",
+    ),
+    "alternation": ("[red|blue]", r"prompt: \[red\|blue\] is prompt editing"),
+    "negative network": ("--negative_prompt <lora:x:1>", "prompt: <lora:x:1> asks for an extra"),
+    "break": ("--prompt a\u00a0BREAK\u00a0b", "prompt: BREAK needs --long_prompts chunk"),
+    "inpainting model": ("--model {place}/nine", "nine is an inpainting model; use inpaint.py"),
+    "two strips": ("--step_strip 1,2 --denoising_strip 2", "give --step_strip or --denoising_str"),
+    "strip of sigmas": ("--step_strip 1,2 --sigmas 2,1", "step_strip chooses the steps; leave out"),
+    "varied strip": ("--step_strip 1,2 --variation_strength 0.5", "a strip has no variations"),
+    "prompt in a file": ("--from-file {place}/prompt.txt", r"prompt.txt, line 3: prompt: \[a\|b\]"),
+    "negative in a file": ("--from-file {place}/negative.txt", "line 3: prompt: <lora:x:1> asks"),
+    "seed in a file": ("--from-file {place}/seed.txt", "line 3: --d: 9+ is out of range"),
+    "scale in a file": ("--from-file {place}/scale.txt", "line 3: --l: nan is out of range"),
     "variation": ("--variation_seed 3", "variation_seed needs --variation_strength"),
     "sigmas": ("--sigmas 9,x", "--sigmas: 'x' is not a number of type float"),
     "prediction": ("--prediction_type v", "no prediction_type 'v'; .*v_prediction"),
@@ -114,7 +150,7 @@ TXT2IMG = {
 
 @pytest.mark.parametrize(("arguments", "message"), TXT2IMG.values(), ids=TXT2IMG.keys())
 def test_txt2img(place, tiny_model_folder, arguments, message):
-    words = [word.format(place=place, model=tiny_model_folder) for word in arguments.split()]
+    words = [word.format(place=place, model=tiny_model_folder) for word in arguments.split(" ")]
     assert_one_line(run("txt2img", "a flower", *words, cwd=place), message)
 
 
@@ -145,6 +181,16 @@ TASKS = {
     ),
     "one key": ("interpolate", "1 prompts and 1 seeds; give two or more"),
     "keys that do not fit": ("interpolate --prompt b --seeds 1,2,3", "2 prompts and 3 seeds"),
+    "keys of two sizes": (
+        "interpolate --from-file {place}/keys.txt", "keys.txt, line 2: only --n and --d may be"
+    ),
+    "keys of several": ("interpolate --prompt b --n_samples 2", "a prompt is one key frame; leave"),
+    "varied keys": ("interpolate --prompt b --variation_strength 0.1", "has no variations; leave"),
+    "large seeds": ("interpolate --seeds 1,9999999999999999999", "--seeds: 9+ is out of range"),
+    "inpainting model": ("interpolate --prompt b --model {place}/nine", "is an inpainting model"),
+    "inpainting model over a picture": (
+        "img2img --image {place}/photo.png --model {place}/nine", "is an inpainting model",
+    ),
     "frames": ("interpolate --prompt b --frames 1", "--frames: 1 is out of range"),
 }  # fmt: skip
 
@@ -198,6 +244,42 @@ def test_train(place, arguments, message):
 def test_other_scripts(script):
     assert_one_line(run(script, "--model", "./nowhere"), "no model './nowhere'")
     assert_one_line(run(script, "--modle", "x"), "did you mean '--model'")
+
+
+def test_limits_of_the_other_scripts(place):
+    for words, message in {
+        ("evaluate", "--number", -1): "--number: -1 is out of range; it must be 1 or more",
+        ("evaluate", "--outdir", place / "blank.txt" / "x"): "cannot write to .*choose --outdir",
+        ("web", "--port", 99999): "--port: 99999 is out of range; it must be 0 to 65535",
+    }.items():
+        assert_one_line(run(*words), message)
+
+
+def test_a_command_line_that_is_not_utf8(place):
+    """PYTHONUTF8=1 hands such bytes on as lone surrogates."""
+    process = run("txt2img", os.fsdecode(b"fleur fan\xe9e"), cwd=place)
+    assert_one_line(process, "prompt 'fleur .*' is not UTF-8 text; write it as such")
+
+
+def test_a_device_that_is_not_there(script):
+    """Before the model is opened; torch must be loaded to tell."""
+    for name, words in {"txt2img": ["a"], "evaluate": [], "web": []}.items():
+        for device in ("foo", "meta"):
+            with pytest.raises(ConfigError, match=f"no device '{device}' to draw on"):
+                script(name, *words, "--device", device, model=None)
+
+
+def test_a_full_gpu(capsys, monkeypatch):
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    def main(arguments):
+        raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee")
+
+    with pytest.raises(SystemExit) as exit:
+        cli.run(main)
+    assert exit.value.code == 2
+    assert re.fullmatch("error: .*--cpu_offload.*--vae_tiling.*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -81,7 +81,7 @@ def test_interpolate(script, tmp_path, tiny_pipeline, prompts, words, seeds):
         seeds,
         4,
         loop="--loop" in words,
-        negative_prompt="grey",
+        negative_prompts=["grey"],
         num_inference_steps=2,
     )
     for i, image in enumerate(expected):
@@ -93,3 +93,25 @@ def test_interpolate(script, tmp_path, tiny_pipeline, prompts, words, seeds):
         assert film.info["duration"] == 125 and film.size == (32, 32)
     script("interpolate", *prompts, *words, *options)
     assert (tmp_path / "frames-0001.webp").is_file()
+
+
+def test_keys_of_a_prompt_file(script, tmp_path, tiny_pipeline):
+    (tmp_path / "keys.txt").write_text("a --d 3 --n grey\nb\nc --d 4\n")
+    words = ["--from-file", tmp_path / "keys.txt", "--frames", 3, "--steps", 2, "--seed", 9]
+    script("interpolate", *words, "--outdir", tmp_path)
+    keys = (("a", "grey", 3), ("b", "", 9), ("c", "", 4))
+    for i, (prompt, negative, seed) in enumerate(keys):
+        options = {"negative_prompt": negative, "seed": seed, "num_inference_steps": 2}
+        image = tiny_pipeline(prompt, **options).images[0]
+        assert_same(tmp_path / "frames-0000" / f"{i:05}.png", image)
+
+
+def test_an_interruption_keeps_the_frames(script, tmp_path, monkeypatch):
+    def interpolate(*_, **__):
+        yield Image.new("RGB", (8, 8))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tasks, "interpolate", interpolate)
+    with pytest.raises(KeyboardInterrupt):
+        script("interpolate", "a", "b", "--outdir", tmp_path)
+    assert [file.name for file in tmp_path.rglob("*.*")] == ["00000.png"]

@@ -11,8 +11,10 @@ from PIL import Image
 
 from ldm import tasks
 from ldm.cli import Parser
+from ldm.drawing import claim, new_file
+from ldm.errors import ConfigError, DataError
 from ldm.metadata import read_parameters, read_record, read_settings, save_picture
-from ldm.options import add_options
+from ldm.options import add_options, read_prompts
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "txt2img.py"
 PROMPTS = ["a red flower", "빨간 꽃"]
@@ -85,6 +87,48 @@ def test_files_are_never_overwritten(txt2img, tmp_path):
     assert (samples / "00003.png").read_bytes() == before
     assert (read_parameters(samples / "00004.png") or "").startswith("c\nSteps: 1,")
     assert len(list(tmp_path.glob("grid-*.png"))) == 2
+
+
+def test_a_name_is_taken_between_a_look_and_a_claim(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.drawing.next_number", lambda *_: 0)
+    (tmp_path / "00000.png").write_text("theirs")
+    (tmp_path / "frames-0000").mkdir()
+    with new_file(tmp_path, "", 5) as file:
+        file.write_text("ours")
+    assert file.name == "00001.png" and (tmp_path / "00000.png").read_text() == "theirs"
+    assert claim(tmp_path, "frames-").name == "frames-0001"
+
+
+def test_a_file_that_cannot_be_written_is_gone(tmp_path):
+    with pytest.raises(DataError), new_file(tmp_path, "") as file:
+        assert file.exists()
+        raise DataError("the disk is full")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot write .*0000 .Not a directory"):
+        claim(tmp_path / "file", "")
+
+
+def test_lines_end_only_at_line_feeds(tmp_path):
+    (tmp_path / "a.txt").write_bytes("a\u2028b\x0cc --n d\r\ne\r\n".encode())
+    assert read_prompts(tmp_path / "a.txt") == [
+        ("a\u2028b\x0cc", {"negative_prompt": "d"}, f"{tmp_path / 'a.txt'}, line 1: "),
+        ("e", {}, f"{tmp_path / 'a.txt'}, line 2: "),
+    ]
+
+
+def test_brackets_in_literal_prompts(txt2img):
+    (file,) = txt2img("[a|b] BREAK c", "--literal_prompts", "--steps", 1)
+    assert read_settings(file).prompt == "[a|b] BREAK c"
+
+
+def test_settings_that_do_not_fit(txt2img, tmp_path, capsys):
+    text = "a\nSteps: 1, Sampler: Euler, CFG scale: nan, Seed: 9, Size: 32x32, Variation seed: 3"
+    save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.png", text + ", RNG: CPU")
+    (file,) = txt2img("--settings_from", tmp_path / "a.png")
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.endswith("a.png: CFG scale: nan; Variation seed: 3")
+    assert read_settings(file).settings["guidance_scale"] == 3
 
 
 def test_prompts_from_everywhere_and_a_random_seed(txt2img, tmp_path, capsys):
@@ -281,3 +325,6 @@ def test_strips(script, tmp_path, tiny_pipeline):
     )
     assert_same(tmp_path / "strip-0001.png", expected)
     assert not (tmp_path / "samples").exists()
+    for words in (["--steps", 2], ["--sigmas", "9,2,0"]):
+        with pytest.raises(ConfigError, match="3 columns of 2 steps; ask for fewer"):
+            script("txt2img", "a", "--outdir", tmp_path, "--denoising_strip", 3, *words)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, DataError
 from ldm.metadata import read_parameters, read_record, save_picture
 
 DRAW = {
@@ -92,6 +92,65 @@ def test_a_changed_schedule_is_named(drawn, place, verify, key):
     assert code == 1 and line.startswith(f"differs: {drawn}: another schedule (")
 
 
+def change(file, **changes):
+    """Sets keys of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+CHANGES = {
+    "scaling_factor": ("vae/config.json", {"scaling_factor": 0.5}, "vae configuration"),
+    "heads": ("unet/config.json", {"attention_head_dim": 4}, "unet configuration"),
+    "text heads": (
+        "text_encoder/config.json", {"num_attention_heads": 2}, "text_encoder configuration",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "changes", "part"), CHANGES.values(), ids=CHANGES.keys())
+def test_a_changed_configuration_is_named(drawn, place, verify, file, changes, part):
+    change(place / "model" / file, **changes)
+    code, line = verify(drawn)
+    assert code == 1 and line.startswith(f"differs: {drawn}: another {part} ("), line
+    assert line.count("another") == 1
+
+
+def test_a_changed_tokenizer_is_named(drawn, place, verify):
+    folder = place / "model" / "tokenizer"
+    vocab = json.loads((folder / "vocab.json").read_text())
+    a, b = list(vocab)[300:302]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    code, line = verify(drawn)
+    assert code == 1 and line.startswith(f"differs: {drawn}: another tokenizer ("), line
+
+
+DAMAGE = {
+    "batch": {"batch": [2, 2]},
+    "batch of words": {"batch": ["a", "b"]},
+    "model": {"inputs": {"model": 3}},
+    "files": {"files": ["a"]},
+    "settings": {"settings": {"sampler": "new"}},
+    "a key": {"dtype": None},
+    "dtype": {"dtype": "fp9"},
+    "lora": {"inputs": {"model": "model", "lora": [1]}},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_record(drawn, script, damage):
+    with Image.open(drawn) as image:
+        save_picture(image, drawn, None, (read_record(drawn) or {}) | damage)
+    with pytest.raises(DataError, match=r"00000\.png: its record .* damaged"):
+        script("verify", drawn, model=None)
+
+
+@pytest.mark.parametrize("name", ["image", "lora", "config"])
+def test_what_it_was_drawn_without(drawn, script, name):
+    with pytest.raises(ConfigError, match=f"it was drawn with no {name}"):
+        script("verify", drawn, f"--{name}", "photo.png", model=None)
+
+
 @pytest.mark.parametrize(
     ("levels", "code", "word"), [(2, 0, "within tolerance"), (3, 1, "differs")]
 )
@@ -148,3 +207,20 @@ def test_a_picture_of_another_size(drawn, verify):
 def test_a_picture_that_says_nothing(place, script):
     with pytest.raises(ConfigError, match=r"photo\.png has no record of how ldm made it"):
         script("verify", "photo.png", model=None)
+
+
+def test_two_loras_of_one_name_and_where_they_have_moved_to(script, place, verify):
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q"
+    for folder, value in (("a", 0.3), ("b", -0.2)):
+        (place / folder).mkdir()
+        tensors = {"lora_up": torch.full((32, 1), value), "lora_down": torch.ones(1, 32)}
+        tensors = {f"{name}.{part}.weight": tensor for part, tensor in tensors.items()}
+        save_file(tensors, place / folder / "w.safetensors")
+    words = ["--lora", "a/w.safetensors:0.5", "--lora", "b/w.safetensors", "--image", "photo.png"]
+    script("img2img", "a", *words, "--steps", 2, "--outdir", "out", model="model")
+    drawn = place / "out" / "samples" / "00000.png"
+    assert verify(drawn) == (0, f"identical: {drawn}")
+    (place / "a").rename(place / "c")
+    assert verify(drawn)[1].endswith("a/w.safetensors is missing")
+    moved = ["--lora", "c/w.safetensors", "--lora", "b/w.safetensors"]
+    assert verify(drawn, *moved) == (0, f"identical: {drawn}")

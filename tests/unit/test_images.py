@@ -1,10 +1,12 @@
+from io import BytesIO
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from ldm.errors import DataError
-from ldm.images import image_grid, read_image, to_pil
+from ldm.images import image_grid, read_image, to_pil, to_rgb
 
 
 def test_to_pil_rounds_to_the_nearest_level():
@@ -60,6 +62,17 @@ def test_read_image_as_a_viewer_shows_it(tmp_path):
     assert image.mode == "RGB" and image.getpixel((0, 0)) == (0, 0, 255)
     assert image.getpixel((1, 0)) == (255, 255, 255)
     assert read_image(tmp_path / "a.jpg").size == (2, 3)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+@pytest.mark.parametrize("kept", [8, 10, 14, 20, 99])
+def test_damaged_exif_is_no_damage(kind, kept):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    file = BytesIO()
+    Image.new("RGB", (3, 2), "red").save(file, kind, exif=exif.tobytes()[:kept])
+    image = to_rgb(Image.open(file))
+    assert image.size == to_rgb(image).size == ((2, 3) if kept == 99 else (3, 2))
 
 
 def test_read_image_refuses_in_one_line(tmp_path):

@@ -47,6 +47,22 @@ OTHERS = {
     "long_prompts": "chunk",
     "prompt_weights": False,
 }
+RECORD = {
+    "prompt": "a",
+    "negative_prompt": "",
+    "seed": 1,
+    "settings": {},
+    "batch": [0, 1],
+    "inputs": {},
+    "files": [],
+    "paths": {},
+    "components": {},
+    "configurations": {},
+    "versions": {},
+    "device": "cpu",
+    "processor": "",
+    "dtype": "fp32",
+}
 PROMPTS = [
     "a red flower",
     "빨간 꽃 한 송이",
@@ -91,13 +107,20 @@ def test_samplers_and_spacings_come_back(sampler, spacing):
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
 def test_each_setting_comes_back(name, sampler):
     settings = SETTINGS | {"sampler": sampler, name: OTHERS[name]}
+    odd = {"eta": ["Eta: 0.3"]}.get(name, []) if sampler == "euler_a" else []
+    if name == "variation_seed":
+        odd = ["Variation seed: 12"]  # how far to lead there is not said
     made = parse_parameters(parameters_text("a", "", 1, settings))
-    assert made.settings == settings and made.not_understood == []
+    assert made.not_understood == odd
+    assert made.settings == {k: v for k, v in settings.items() if not (odd and k == name)}
 
 
 def test_all_settings_come_back_and_the_call_has_no_others():
-    settings = SETTINGS | OTHERS
-    assert parse_parameters(parameters_text("a", "", 1, settings)) == ("a", "", 1, settings, [])
+    settings = SETTINGS | OTHERS | {"sampler": "ddim"}
+    made = parse_parameters(parameters_text("a", "", 1, settings))
+    steps = {"timesteps": settings["timesteps"]}
+    assert made.settings | steps == settings  # a call takes timesteps or sigmas
+    assert made.not_understood == ["Timesteps: [999.0, 500.5, 1.0]"]
     call = inspect.signature(LatentDiffusionPipeline.__call__).parameters
     not_settings = {"self", "prompt", "negative_prompt", "image", "mask_image", "seed", "generator"}
     not_settings |= {"num_images_per_prompt", "latents", "prompt_embeds", "negative_prompt_embeds"}
@@ -164,7 +187,16 @@ WEB_UI = {
     "what is no number": (
         "a\nSteps: many, Sampler: Euler, CFG scale: 6, Seed: ?, RNG: CPU",
         {"sampler": "euler", "guidance_scale": 6},
-        ["Steps: many"],
+        ["Steps: many", "Seed: ?"],
+    ),
+    "what is out of range": (
+        "a\nSteps: 0, Sampler: Euler, CFG scale: nan, Seed: 99999999999999999999, Size: 64x0, Eta:"
+        " 0.5, Variation seed: 3, Denoising strength: 2, Clip skip: 0, Emphasis: No norm, RNG: CPU,"
+        ' Sigmas: "1, 2", Guidance interval: "3, 1", Dynamic threshold: "[0.9]", Variance: x',
+        {"sampler": "euler", "width": 64},
+        ["Emphasis: No norm", "Steps: 0", "CFG scale: nan", "Seed: 9", "Denoising strength: 2",
+         "Guidance interval: 3, 1", "Dynamic threshold: [0.9]", "Variance: x", "Sigmas: 1, 2",
+         "clip_skip: -1", "height: 0", "Variation seed: 3", "Eta: 0.5"],
     ),
 }  # fmt: skip
 
@@ -195,7 +227,7 @@ def test_text_without_settings_is_a_prompt(text):
 def test_parameters_survive_in_a_file(tmp_path, ending):
     text = parameters_text(PROMPTS[2], "흐릿한", 7, SETTINGS)
     file = tmp_path / "deep" / f"a.{ending}"
-    save_picture(image(), file, text, {"prompt": "", "seed": 1, "settings": {}})
+    save_picture(image(), file, text, RECORD)
     assert read_parameters(file) == text
     if ending == "png":
         with Image.open(file) as again:
@@ -229,7 +261,8 @@ def test_user_comments_of_other_tools(tmp_path, comment):
 
 
 def test_a_record_goes_before_parameters(tmp_path):
-    record = {"prompt": "꽃\n", "negative_prompt": "x", "seed": 3, "settings": {"sigmas": [1, 0.5]}}
+    own = {"prompt": "꽃\n", "negative_prompt": "x", "seed": 3, "settings": {"sigmas": [1, 0.5]}}
+    record = RECORD | own
     save_picture(image(), tmp_path / "a.png", "b\nSteps: 1, Sampler: Euler, Seed: 1", record)
     assert read_record(tmp_path / "a.png") == record
     assert read_settings(tmp_path / "a.png") == ("꽃\n", "x", 3, {"sigmas": [1, 0.5]}, [])
@@ -237,7 +270,49 @@ def test_a_record_goes_before_parameters(tmp_path):
     assert read_settings(tmp_path / "b.png").seed == 4
 
 
-@pytest.mark.parametrize("text", ["{", "[]", json.dumps({"prompt": "a"})])
+def test_a_record_is_checked_like_text(tmp_path):
+    settings = {"sigmas": [1, 2], "height": 32, "width": "big", "clip_skip": None, "new": 1}
+    save_picture(image(), tmp_path / "a.png", None, RECORD | {"seed": -3, "settings": settings})
+    made = read_settings(tmp_path / "a.png")
+    assert made.seed is None and made.settings == {"height": 32}
+    odd = ["Seed: -3", "Sigmas: [1, 2]", "width: big", "clip_skip: null", "new: 1"]
+    assert made.not_understood == odd
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    save_picture(image(), tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+
+    def fail(self, file, **options):
+        file.write_bytes(before[:9])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    for name in ("a", "b"):
+        with pytest.raises(DataError, match=rf"cannot write .*{name}\.png \(No space left"):
+            save_picture(image(1), tmp_path / f"{name}.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(("letters", "kept"), [(32_000, True), (33_000, False)])
+def test_text_too_long_for_a_jpeg(tmp_path, caplog, letters, kept):
+    save_picture(image(), tmp_path / "a.jpg", "a" * letters)
+    assert read_parameters(tmp_path / "a.jpg") == ("a" * letters if kept else None)
+    assert [r.getMessage().split(" does")[1][:11] for r in caplog.records] == (
+        [] if kept else [" not say ho"]
+    )
+
+
+BAD_RECORDS = [
+    {"prompt": "a"},
+    RECORD | {"files": {}},
+    RECORD | {"seed": "1"},
+    RECORD | {"settings": []},
+]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", *map(json.dumps, BAD_RECORDS)])
 def test_damaged_records(tmp_path, text):
     from PIL.PngImagePlugin import PngInfo
 
