@@ -7,6 +7,7 @@ tensor keeps its bits and its dtype, unless --dtype says otherwise.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import get_args
 
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     which("--ema", action="store_true", default=None, help="keep only the EMA weights")
     which("--non_ema", dest="ema", action="store_false", help="keep only the raw weights")
     add("--variant", help="of a folder's files, such as fp16")
-    add("--overwrite", action="store_true", help="replace OUT")
+    add("--overwrite", action="store_true", help="replace OUT, of a folder the model's own files")
     options = parser.parse_args(arguments)
     model, out = locate_model(options.model, variant=options.variant), options.out
     if out.suffix in (".ckpt", ".pt", ".pth", ".bin"):
@@ -62,7 +63,8 @@ def main(arguments: Sequence[str]) -> None:
         if single:
             save_single_file(parts, out)
         else:
-            with atomic_folder(out) as folder:
+            # beside a model that stands there, files of others may too: they stay
+            with nullcontext(out) if out.exists() else atomic_folder(out) as folder:
                 save_folder(parts, folder)
     except OSError as error:
         raise ConfigError(f"cannot write {out} ({error.strerror}); choose another place") from None

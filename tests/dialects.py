@@ -39,6 +39,10 @@ EXTRAS = {  # what CompVis's trainer leaves in a file
     "first_stage_model.loss.logvar": torch.tensor(0.1),
 }
 CLIP_EXTRAS = {CLIP_PREFIX + "embeddings.position_ids": torch.arange(77)[None]}
+# narrower than the context, since a tower as wide as SD 2.x's must have its depth too
+TOWER: dict[str, Any] = dict(
+    vocab_size=VOCABULARY, width=128, heads=2, layers=2, mlp_ratio=1 / 2, output_dim=8
+)
 OPEN_CLIP_EXTRAS = {OPEN_CLIP_PREFIX + "logit_scale": torch.tensor(4.6)}
 
 
@@ -101,9 +105,7 @@ def networks(dialect: Dialect) -> Networks:
             )
         )  # fmt: skip
     else:
-        text = TextTransformer(
-            vocab_size=VOCABULARY, width=1024, heads=16, layers=2, mlp_ratio=1 / 16, output_dim=8
-        )
+        text = TextTransformer(**TOWER)
     for module in (unet, average, vae, text):
         randomize(module)
     return Networks(unet.eval(), average.eval(), vae.eval(), text.eval())

@@ -158,8 +158,8 @@ def read_textual_inversion(file: str | Path) -> tuple[str, Tensor]:
             f"{file} is no textual inversion of A1111 or diffusers: it does not hold the vectors of"
             " one word"
         )
-    if not vectors.isfinite().all():
-        raise CheckpointError(f"{file} is damaged, get it anew: its numbers are not finite")
+    if not vectors.is_floating_point() or not vectors.isfinite().all():
+        raise CheckpointError(f"{file} is damaged, get it anew: its numbers are not finite ones")
     return token, vectors.detach().reshape(-1, vectors.shape[-1])  # k d
 
 
@@ -340,6 +340,8 @@ def _wrong(part: Mapping[str, Tensor]) -> str:
         return f"no {' and no '.join(missing)}"
     if not all(tensor.isfinite().all() for tensor in part.values()):
         return "numbers that are not finite"
+    if not all(tensor.is_floating_point() for role, tensor in part.items() if role != "alpha"):
+        return "numbers that are not floating-point"
     down, up, mid = part["down"], part["up"], part.get("mid")
     # neighbours share the rank, and only one of them has a kernel
     fits = down.ndim in (2, 4) and up.ndim in (2, 4) and len(down) > 0
@@ -383,8 +385,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"no file {file}; give a .safetensors, .pt or .bin file")
     if file.suffix == ".safetensors":
         return read_tensors(file)
-    with torch.serialization.safe_globals([nn.ParameterDict]):
-        content = read_pickle(file)
+    content = read_pickle(file)
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} is no adapter: it holds no dictionary of tensors")
     return {str(key): value for key, value in content.items()}

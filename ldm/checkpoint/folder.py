@@ -7,24 +7,36 @@ translates the configurations and refuses, by name, an option that our models do
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint.io import (
+    atomic_file,
     atomic_folder,
     load_weights,
     read_json,
     read_tensors,
-    to_dtype,
     write_json,
     write_tensors,
 )
+from ldm.checkpoint.locate import MAX_LEVELS
 from ldm.checkpoint.names import UNET_PREFIX, below, unet_to_ours, unet_to_theirs
 from ldm.config import TIMESTEP_SPACINGS, AutoencoderConfig, ScheduleConfig, UNetConfig
 from ldm.diffusion.schedule import NoiseSchedule
@@ -34,9 +46,10 @@ from ldm.models.text_encoder import TextEncoder, TransformersTower
 from ldm.models.unet import UNet
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextConfig, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
 Model = TypeVar("Model", bound=nn.Module)
+Config = TypeVar("Config")
 
 WEIGHTS = "diffusion_pytorch_model"
 RAW_VARIANT = "non_ema"  # diffusers' name of the weights whose moving average is the main file
@@ -85,6 +98,29 @@ VAE_FIXED = {
 }
 
 
+# What a file may ask for before any weight has been compared with it.
+AT_MOST = {"layers_per_block": 64, "transformer_layers_per_block": 64, "num_hidden_layers": 64}
+MAX_NUMBER = 10**6
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """All that transformers' CLIPTextConfig is told of a file's: what else stands there is not."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    pad_token_id: int = 1
+    bos_token_id: int = 49406
+    eos_token_id: int = 49407
+
+
 class ModelParts(NamedTuple):
     """What a model is made of, wherever it was read from.
 
@@ -125,6 +161,7 @@ def load_folder(
     Raises:
         CheckpointError: the model is incomplete, damaged, or of a kind that ldm has not.
     """
+    defaults = load_defaults(folder)  # a folder without its index is half-written
     extras, raw = folder / EXTRAS, _weights_file(folder / "unet", RAW_VARIANT)
     left = read_tensors(extras) if extras.is_file() else {}
     if ema is not None:
@@ -135,7 +172,7 @@ def load_folder(
         left |= {UNET_PREFIX + theirs[name]: weight for name, weight in weights.items()}
     of_unet = RAW_VARIANT if ema is False else variant
     return ModelParts(
-        defaults=load_defaults(folder),
+        defaults=defaults,
         schedule=load_schedule(folder / "scheduler"),
         unet=load_unet(folder / "unet", dtype=dtype, variant=of_unet),
         vae=load_vae(folder / "vae", dtype=dtype, variant=variant),
@@ -145,7 +182,12 @@ def load_folder(
 
 
 def save_folder(parts: ModelParts, folder: Path) -> None:
-    """Write a model folder: each component's folder whole or not at all, and the index last."""
+    """Write a model folder: each component's folder whole or not at all, and the index last.
+
+    Until then there is none, so that a mixture of two models does not open. Files of others that
+    stand in the folder stay.
+    """
+    (folder / "model_index.json").unlink(missing_ok=True)
     raw = below(UNET_PREFIX, parts.left_over)
     with atomic_folder(folder / "unet") as part:
         save_unet(parts.unet, part)
@@ -164,7 +206,8 @@ def save_folder(parts: ModelParts, folder: Path) -> None:
         save_text_encoder(parts.text_encoder, part, words)
     (folder / EXTRAS).unlink(missing_ok=True)  # of a model that stood here before
     if extras := {k: v for k, v in parts.left_over.items() if not k.startswith(UNET_PREFIX)}:
-        write_tensors(folder / EXTRAS, extras)
+        with atomic_file(folder / EXTRAS) as file:
+            write_tensors(file, extras)
     save_index(folder, parts.defaults)
 
 
@@ -201,8 +244,10 @@ def load_unet(
     """
     stored = read_json(folder / "config.json")
     _refuse_other(stored, UNET_FIXED, folder)
-    down = stored.get("down_block_types", [_block("Down", cross) for cross in (1, 1, 1, 0)])
-    up = stored.get("up_block_types", [_block("Up", cross) for cross in (0, 1, 1, 1)])
+    down = stored.get("down_block_types") or [_block("Down", cross) for cross in (1, 1, 1, 0)]
+    up = stored.get("up_block_types") or [_block("Up", cross) for cross in (0, 1, 1, 1)]
+    if not isinstance(down, list) or not isinstance(up, list):
+        raise CheckpointError(f"{folder}: down_block_types and up_block_types must be lists")
     attention = tuple(kind == _block("Down", True) for kind in down)
     if [_block("Down", cross) for cross in attention] != list(down) or [
         _block("Up", cross) for cross in reversed(attention)
@@ -210,12 +255,8 @@ def load_unet(
         raise CheckpointError(f"{folder}: this U-Net has blocks that ldm does not: {down}, {up}")
     heads = stored.pop("num_attention_heads", None) or stored.get("attention_head_dim", 8)
     stored.pop("attention_head_dim", None)
-    known = {
-        "cross_attention": attention,
-        "num_attention_heads": heads if isinstance(heads, int) else tuple(heads),
-        "attention_head_dim": None,
-    }
-    config = UNetConfig(**_fields(UNetConfig, stored, folder) | known)
+    stored |= {"cross_attention": attention, "num_attention_heads": heads}
+    config = read_config(UNetConfig, stored, folder)
     return _load(lambda: UNet(config), folder, dtype, variant)
 
 
@@ -236,7 +277,7 @@ def load_vae(
 ) -> AutoencoderKL:
     """Read an autoencoder, in evaluation mode; arguments and errors as for `load_unet`."""
     stored = read_json(folder / "config.json")
-    config = AutoencoderConfig(**_fields(AutoencoderConfig, stored, folder))
+    config = read_config(AutoencoderConfig, stored, folder)
     _refuse_other(stored, VAE_FIXED | _vae_blocks(len(config.block_out_channels)), folder)
     return _load(lambda: AutoencoderKL(config), folder, dtype, variant, _modern_attention)
 
@@ -267,8 +308,7 @@ def load_schedule(folder: Path) -> NoiseSchedule:
     """Read a noise schedule, whichever of diffusers' schedulers the folder names.
 
     Raises:
-        CheckpointError: the file is missing or damaged.
-        ConfigError: it asks for what our schedules do not have.
+        CheckpointError: the file is missing or damaged, or asks for what our schedules do not have.
     """
     stored = read_json(folder / "scheduler_config.json")
     ours = stored.get("_ldm")
@@ -279,7 +319,13 @@ def load_schedule(folder: Path) -> NoiseSchedule:
         for spacing in ("karras", "exponential", "beta"):
             if stored.get(f"use_{spacing}_sigmas"):
                 ours["timestep_spacing"] = spacing
-    return NoiseSchedule(ScheduleConfig(**_fields(ScheduleConfig, stored | ours, folder)))
+    if not isinstance(ours, dict):
+        raise CheckpointError(f"{folder / 'scheduler_config.json'} is damaged (_ldm is no object)")
+    config = read_config(ScheduleConfig, stored | ours, folder)
+    try:
+        return NoiseSchedule(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
 
 
 def _diffusers_defaults(scheduler: str) -> dict[str, Any]:
@@ -315,12 +361,18 @@ def save_index(folder: Path, defaults: Mapping[str, Any] | None = None) -> None:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    write_json(folder / "model_index.json", index)
+    with atomic_file(folder / "model_index.json") as file:
+        write_json(file, index)
 
 
 def load_defaults(folder: Path) -> dict[str, Any]:
     """The settings that `save_index` recorded; empty for models of other tools."""
-    return read_json(folder / "model_index.json").get("_ldm", {}).get("defaults", {})
+    file = folder / "model_index.json"
+    ours = read_json(file).get("_ldm", {})
+    defaults = ours.get("defaults", {}) if isinstance(ours, dict) else None
+    if not isinstance(defaults, dict):
+        raise CheckpointError(f"{file} is damaged (its _ldm holds no object of defaults)")
+    return defaults
 
 
 def load_text_encoder(
@@ -336,7 +388,7 @@ def load_text_encoder(
     Raises:
         CheckpointError: a file is missing or damaged, or does not fit its config.json.
     """
-    from transformers import CLIPTextConfig, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
     for part, names in (
         ("text_encoder", ("config.json",)),
@@ -347,34 +399,46 @@ def load_text_encoder(
             raise CheckpointError(
                 f"no file {folder / part / wanted}; is {folder} a whole model folder?"
             )
+    config = read_json(folder / "text_encoder" / "config.json")
+    _refuse_other(config, {"model_type": "clip_text_model"}, folder / "text_encoder")
     try:
-        config = CLIPTextConfig.from_pretrained(folder / "text_encoder", local_files_only=True)
         words = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except Exception as error:  # transformers raises many kinds; all mean the files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{folder}: {reason}") from error
     stored = _read_weights(folder / "text_encoder", "model", variant)
     # transformers 5 writes no prefix; the positions were a tensor before it
-    weights = {k.removeprefix("text_model."): v for k, v in to_dtype(stored, dtype).items()}
+    weights = {k.removeprefix("text_model."): v for k, v in stored.items()}
     weights.pop("embeddings.position_ids", None)
-    return make_text_encoder(config, weights, words, folder / "text_encoder")
+    where = folder / "text_encoder"
+    return make_text_encoder(read_config(TextConfig, config, where), weights, words, where, dtype)
 
 
 def make_text_encoder(
-    config: CLIPTextConfig, weights: Mapping[str, Tensor], tokenizer: CLIPTokenizer, where: Path
+    config: TextConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer: CLIPTokenizer,
+    where: Path,
+    dtype: torch.dtype | None = None,
 ) -> TextEncoder:
     """A text encoder of exactly these weights, by transformers' names without a prefix.
 
     Raises:
-        CheckpointError: keys are missing, unexpected or of another shape.
+        CheckpointError: there is no such text encoder, or keys are missing, unexpected or of
+            another shape.
     """
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel
 
-    with torch.device("meta"):
-        model = CLIPTextModel(config)
+    try:
+        with torch.device("meta"):
+            options: dict[str, Any] = {**asdict(config), "attn_implementation": "sdpa"}
+            model = CLIPTextModel(CLIPTextConfig(**options))
+    except Exception as error:  # transformers raises many kinds; all mean the configuration
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{where}: no text encoder is of this shape ({reason})") from None
+    load_weights(model, weights, where, dtype=dtype)
     positions = torch.arange(config.max_position_embeddings)[None]
     model.embeddings.position_ids = nn.Buffer(positions, persistent=False)  # in no file
-    load_weights(model, weights, where)
     return TextEncoder(TransformersTower(model, tokenizer))
 
 
@@ -432,7 +496,7 @@ def _load(
 ) -> Model:
     with torch.device("meta"):  # no time spent on weights about to be replaced
         model = build()
-    load_weights(model, rename(to_dtype(_read_weights(folder, WEIGHTS, variant), dtype)), folder)
+    load_weights(model, rename(_read_weights(folder, WEIGHTS, variant)), folder, dtype=dtype)
     return model.eval()
 
 
@@ -446,6 +510,10 @@ def _read_weights(folder: Path, stem: str, variant: str | None) -> dict[str, Ten
                 f"{folder} has its weights only as .bin, which is pickle; fetch the model's"
                 " safetensors, or write them with its own tool (safe_serialization=True)"
             )
+        others = {file.name.split(".")[1] for file in folder.glob(f"{stem}.*.safetensors")}
+        if not variant and others and not (folder / f"{name}.safetensors").is_file():
+            hint = " or ".join(f"--variant {other}" for other in sorted(others))
+            raise CheckpointError(f"{folder} has its weights only as a variant; give {hint}")
         return read_tensors(folder / f"{name}.safetensors")
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or any(Path(str(s)).name != s for s in shards.values()):
@@ -460,18 +528,43 @@ def _weights_file(folder: Path, variant: str | None) -> Path:
     return folder / f"{WEIGHTS}{f'.{variant}' if variant else ''}.safetensors"
 
 
-def _fields(config_class: type, stored: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What a configuration file says of these fields; null leaves a field at its default."""
+def read_config(kind: type[Config], stored: Mapping[str, Any], where: Path | str) -> Config:
+    """A configuration out of a file, whose other keys are ignored; null means the default.
+
+    Raises:
+        CheckpointError: a value is of another type, too large, or refused by the configuration.
+    """
     values: dict[str, Any] = {}
-    for f in fields(config_class):
-        if (value := stored.get(f.name)) is None:
+    for field in fields(kind):  # type: ignore[arg-type]
+        if (value := stored.get(field.name)) is None:
             continue
-        many = str(f.type).startswith("tuple")
-        if isinstance(value, list) != many:
-            wanted = "a list" if many else "a single value"
-            raise CheckpointError(f"{folder}: {f.name} is {value!r}; ldm needs {wanted} there")
-        values[f.name] = tuple(value) if many else value
-    return values
+        most = AT_MOST.get(field.name, MAX_NUMBER)
+        if not _fits(value, get_type_hints(kind)[field.name], most):
+            raise CheckpointError(
+                f"{where}: {field.name} is {str(value)[:80]!r}; ldm needs {field.type} there,"
+                f" of numbers up to {most} and lists up to {MAX_LEVELS}"
+            )
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _fits(value: Any, hint: Any, most: int) -> bool:
+    """Whether a value is of a type, and small."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is UnionType:
+        return any(_fits(value, each, most) for each in inner)
+    if origin is tuple:
+        longest = MAX_NUMBER if inner[0] is float else MAX_LEVELS  # a table, or one number a level
+        many = isinstance(value, list | tuple) and len(value) <= longest
+        return many and all(_fits(each, inner[0], most) for each in value)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value) and abs(value) <= most
+    if hint is int:
+        return type(value) is int and abs(value) <= most
+    return type(value) is (str if origin is Literal else hint)
 
 
 def _refuse_other(stored: Mapping[str, Any], fixed: Mapping[str, Any], folder: Path) -> None:

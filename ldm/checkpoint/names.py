@@ -33,6 +33,15 @@ VAE_ATTENTION = [
     ("to_v", "v"),
     ("to_out.0", "proj_out"),
 ]
+# what single files call its parts that were converted with diffusers of another year
+VAE_ATTENTION_DIFFUSERS = [
+    (spelling, ours)
+    for ours, old in [
+        ("group_norm", "group_norm"), ("to_q", "query"), ("to_k", "key"), ("to_v", "value"),
+        ("to_out.0", "proj_attn"),
+    ]
+    for spelling in (ours, old)
+]  # fmt: skip
 CLIP_LAYER = [
     ("layer_norm1", "ln_1"),
     ("self_attn.out_proj", "attn.out_proj"),
@@ -110,7 +119,9 @@ def vae_to_ours(names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     levels = count(r"encoder\.down\.(\d+)\.", names)
     layers = count(r"encoder\.down\.0\.block\.(\d+)\.", names)
-    return _rename(names, _swapped(vae_table(levels, layers)))
+    middles = [(f"{s}.mid.attn_1", f"{s}.mid_block.attentions.0") for s in ("encoder", "decoder")]
+    others = _product(middles, VAE_ATTENTION_DIFFUSERS)
+    return _rename(names, others + _swapped(vae_table(levels, layers)))
 
 
 def vae_table(levels: int, layers: int) -> Table:
@@ -202,8 +213,10 @@ def _renamed(name: str, modules: Mapping[str, str]) -> str:
 
 
 def _numbers(pattern: str, names: Iterable[str]) -> list[int]:
-    """The number in every name that begins with a pattern."""
-    return [int(match[1]) for name in names if (match := re.match(pattern, name))]
+    """The number, below 100, in every name that begins with a pattern."""
+    found = (match[1] for name in names if (match := re.match(pattern, name)))
+    # no network has a hundred blocks in a row; larger numbers would only make long tables
+    return [int(number) for number in found if len(number) <= 2]
 
 
 def count(pattern: str, names: Iterable[str]) -> int:

@@ -3,9 +3,10 @@
 The architecture is read off the shapes: groups of 32 channels; 8 heads where the context is 768
 wide (SD 1.x), heads of width 64 where it is 1024 wide (SD 2.x). What the U-Net predicts is not in
 the weights. It is what the caller says, or a YAML that the caller names, or the file's metadata
-(ours or ModelSpec's), or the YAML beside the file; else epsilon for SD 1.x, which was never
-published with anything else, and a refusal for any other model. Files that ldm writes carry their
-configurations in the metadata, so that models of any shape come back.
+(ours or ModelSpec's), or a marker that trainers leave (`v_pred`, `ztsnr`), or the YAML beside the
+file; else epsilon for SD 1.x, as its own releases are, with a warning, for some fine-tunings are
+not; and a refusal for any other model. Files that ldm writes carry their configurations in the
+metadata, so that models of any shape come back.
 
 Nothing is lost. What no part of ours uses (tables of the noise schedule, `position_ids`, SD 2.x's
 last text layer and projection) stays in `ModelParts.left_over`, and so do a U-Net's raw weights
@@ -16,6 +17,7 @@ the list `UNUSED` is a refusal.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
@@ -25,13 +27,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.folder import ModelParts, make_text_encoder, transformers_tower
+from ldm.checkpoint.folder import (
+    MAX_NUMBER,
+    ModelParts,
+    TextConfig,
+    make_text_encoder,
+    read_config,
+    transformers_tower,
+)
 from ldm.checkpoint.io import (
     atomic_file,
     load_weights,
     read_ckpt,
     read_tensors,
-    to_dtype,
     write_tensors,
 )
 from ldm.checkpoint.locate import safetensors_header
@@ -61,10 +69,12 @@ from ldm.models.unet import UNet
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
 
+logger = logging.getLogger(__name__)
+
 # What a file may hold beside the weights: kept, but not computed with.
 UNUSED = re.compile(
     r"betas|alphas_cumprod(_prev)?|(sqrt|log|posterior)_\w+|lvlb_weights|logvar|scale_factor"
-    r"|global_step|model_ema\..+|first_stage_model\.(loss|model_ema)\..+"
+    r"|global_step|v_pred|ztsnr|model_ema\..+|first_stage_model\.(loss|model_ema)\..+"
     r"|cond_stage_model\.transformer\.(text_model\.)?embeddings\.position_ids"
     r"|cond_stage_model\.((transformer|model)\.)?(text_projection(\.weight)?|logit_scale)"
 )
@@ -107,7 +117,8 @@ def load_single_file(
     Args:
         file: `.safetensors`, or `.ckpt`, of which nothing is executed.
         prediction_type: what the U-Net predicts, where the file does not say.
-        config: a YAML in CompVis's layout; the one beside the file, of its name, when not given.
+        config: a YAML in CompVis's layout; when not given, the one beside the file, of its name, if
+            it is one.
         ema: of a file that has both, True takes the moving average, False the raw weights, and the
             others are dropped; None takes the average and keeps the raw weights in `left_over`.
         dtype: convert the weights; each as stored when None. `left_over` is always as stored.
@@ -126,7 +137,7 @@ def load_single_file(
         tensors, metadata = read_ckpt(file), {}
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     _check_names(shapes, file)
-    width = shapes.get(UNET_PREFIX + CROSS_ATTENTION, (0,))[-1]
+    width = (shapes.get(UNET_PREFIX + CROSS_ATTENTION) or (0,))[-1]
     options = _yaml(Path(config or file.with_suffix(".yaml")), needed=config is not None)
     stored = _stored(metadata, file)
     said = {
@@ -135,10 +146,15 @@ def load_single_file(
         "ldm": stored["schedule"].prediction_type if stored else None,
         "ModelSpec": MODELSPEC.get(metadata.get("modelspec.prediction_type", "")),
         "its architecture": MODELSPEC.get(metadata.get("modelspec.architecture", "")),
+        "its marker": "v_prediction" if "v_pred" in shapes else None,
         "neighbour": options.get("prediction_type"),
-        "SD 1.x": "epsilon" if width == 768 else None,
     }
     prediction = next(filter(None, said.values()), None)
+    if prediction is None and width == 768:
+        logger.warning(
+            "%s does not say what its U-Net predicts; taken for epsilon, as SD 1.x", file
+        )
+        prediction = "epsilon"
     if prediction is None:
         raise CheckpointError(
             f"{file} does not say what its U-Net predicts; give --prediction_type (prediction_type="
@@ -146,9 +162,11 @@ def load_single_file(
         )
     tensors = read_tensors(file) if tensors is None else tensors
     try:
-        configs = stored or {"schedule": _schedule_config(tensors, options)}
+        configs = stored or {"schedule": _schedule_config(tensors, options, file)}
         configs["schedule"] = replace(configs["schedule"], prediction_type=prediction)
         return _assemble(tensors, configs, options, width, ema, dtype, file)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from None
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file} lacks what its architecture is read off: {error}") from None
 
@@ -231,6 +249,12 @@ def _check_names(names: Iterable[str], file: Path) -> None:
     if wrong := [n for n in names if not n.startswith(prefixes) and not UNUSED.fullmatch(n)]:
         shown = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise CheckpointError(f"{file} has keys that no Stable Diffusion has: {shown}")
+    towers = [
+        [n for n in names if n.startswith(p) and not UNUSED.fullmatch(n)] for p in prefixes[2:]
+    ]
+    if all(towers):
+        both = " and ".join(tower[0] for tower in towers)
+        raise CheckpointError(f"{file} has two text encoders, {both}; take one of them out")
 
 
 def _assemble(
@@ -269,7 +293,7 @@ def _assemble(
     if average and ema is None:
         left |= {UNET_PREFIX + name: tensor for name, tensor in raw.items()}
     names, chosen = unet_to_ours(raw), average if average and ema is not False else raw
-    weights = to_dtype({names[name]: tensor for name, tensor in chosen.items()}, dtype)
+    weights = _renamed(chosen, names, file)
     v = schedule.prediction_type == "v_prediction" and width == 1024  # SD 2.x at 768 pixels
     if "unet" not in configs:
         heads = _heads(options, width, file)
@@ -277,17 +301,17 @@ def _assemble(
         configs["unet"] = _unet_config(weights, **size, **heads)
     with torch.device("meta"):
         unet = UNet(configs["unet"])
-    load_weights(unet, weights, file)
+    load_weights(unet, weights, file, dtype=dtype)
 
     stored = {n: t for n, t in below(VAE_PREFIX, tensors).items() if VAE_PREFIX + n not in left}
     names = vae_to_ours(stored)
-    weights = to_dtype({names[n]: _linear(names[n], t) for n, t in stored.items()}, dtype)
+    weights = {n: _linear(n, t) for n, t in _renamed(stored, names, file).items()}
     if "vae" not in configs:
         scale = {"scaling_factor": options.get("scale_factor", 0.18215)}
         configs["vae"] = _vae_config(weights, sample_size=768 if v else 512, **scale)
     with torch.device("meta"):
         vae = AutoencoderKL(configs["vae"])
-    load_weights(vae, weights, file)
+    load_weights(vae, weights, file, dtype=dtype)
 
     text_encoder = _text_encoder(tensors, configs, left, dtype, file)
     defaults = configs.get("defaults", {})
@@ -304,8 +328,7 @@ def _text_encoder(
     file: Path,
 ) -> TextEncoder:
     """transformers' CLIP, of either dialect; layers that it does not use are added to `left`."""
-    from transformers import CLIPTextConfig
-
+    config: TextConfig | None = configs.get("text_encoder")
     fused = {
         n: t
         for n, t in below(OPEN_CLIP_PREFIX, tensors).items()
@@ -314,21 +337,25 @@ def _text_encoder(
     if fused:
         layers = count(r"transformer\.resblocks\.(\d+)\.", fused)
         # SD 2.x takes the state before the last layer; some tools have left that one out already
-        whole = layers == 23 and len(fused["ln_final.weight"]) == 1024
+        whole = config is None and layers == 23 and len(fused["ln_final.weight"]) == 1024
+        if config is None and len(fused["ln_final.weight"]) == 1024 and layers not in (23, 24):
+            raise CheckpointError(
+                f"{file} has a text encoder of {layers} layers; SD 2.x has 24, or 23 where the"
+                " last, which it does not use, is left out"
+            )
         last = f"transformer.resblocks.{layers - 1}."
         if not whole:
             left |= {OPEN_CLIP_PREFIX + n: t for n, t in fused.items() if n.startswith(last)}
             fused = {n: t for n, t in fused.items() if not n.startswith(last)}
-        weights = _from_open_clip(fused)
+        weights = _from_open_clip(fused, file)
     else:
         kept = {n: t for n, t in below(HF, tensors).items() if HF + n not in left}
-        weights = {name.removeprefix("text_model."): tensor for name, tensor in kept.items()}
-    options: dict[str, Any] = configs.get("text_encoder", {})
-    if not options:
+        weights = _renamed(kept, {name: name.removeprefix("text_model.") for name in kept}, file)
+    if config is None:
         vocab_size, width = weights["embeddings.token_embedding.weight"].shape
         if width % 64:
             raise CheckpointError(f"{file} has a text encoder of width {width}, which is no CLIP's")
-        options = dict(
+        config = TextConfig(
             vocab_size=vocab_size,
             hidden_size=width,
             intermediate_size=len(weights["encoder.layers.0.mlp.fc1.weight"]),
@@ -341,21 +368,33 @@ def _text_encoder(
             eos_token_id=vocab_size - 1,
             pad_token_id=0 if fused else vocab_size - 1,
         )
-    config = CLIPTextConfig(**options)
     if not 514 <= config.vocab_size <= 49408:
         raise CheckpointError(f"{file} has a vocabulary of {config.vocab_size}, which is no CLIP's")
     pad_token = configs.get("pad_token", "!" if fused else END)
     words = clip_tokenizer(config.vocab_size, config.max_position_embeddings, pad_token)
-    return make_text_encoder(config, to_dtype(weights, dtype), words, file)
+    if len(words) > config.vocab_size:
+        raise CheckpointError(f"{file} has a pad_token, {pad_token!r}, that is no word of CLIP's")
+    return make_text_encoder(config, weights, words, file, dtype)
 
 
-def _from_open_clip(fused: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(
+    tensors: Mapping[str, Tensor], names: Mapping[str, str], file: Path
+) -> dict[str, Tensor]:
+    """By our names, of which none may have two of theirs."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if names[name] in renamed:
+            raise CheckpointError(f"{file} has {names[name]} under two names, one of them {name}")
+        renamed[names[name]] = tensor
+    return renamed
+
+
+def _from_open_clip(fused: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name, tensor in fused.items():
         thirds = tensor.chunk(3) if ".in_proj_" in name else ()  # q, k and v, one above the other
         weights |= {f"{name}.{i}": third for i, third in enumerate(thirds)} or {name: tensor}
-    names = open_clip_to_ours(weights)
-    return {names[name]: tensor for name, tensor in weights.items()}
+    return _renamed(weights, open_clip_to_ours(weights), file)
 
 
 def _to_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -423,16 +462,24 @@ def _vae_config(weights: Mapping[str, Tensor], **known: Any) -> AutoencoderConfi
     )
 
 
-def _schedule_config(tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> ScheduleConfig:
-    """Stable Diffusion's, but for what the YAML says, or the table in the file."""
+def _schedule_config(
+    tensors: Mapping[str, Tensor], options: Mapping[str, Any], file: Path
+) -> ScheduleConfig:
+    """Stable Diffusion's, but for what the YAML says, or the table or the marker in the file."""
     known = {
         "linear_start": "beta_start",
         "linear_end": "beta_end",
         "timesteps": "num_train_timesteps",
     }
-    config = ScheduleConfig(**{known[key]: options[key] for key in known if key in options})
+    said = {known[key]: options[key] for key in known if key in options}
+    said["rescale_betas_zero_snr"] = "ztsnr" in tensors
+    config = read_config(ScheduleConfig, said, file)
     if (betas := tensors.get("betas")) is None:
         return config
+    if betas.numel() > MAX_NUMBER:
+        raise CheckpointError(
+            f"{file} has a schedule of {betas.numel()} steps, which is no model's"
+        )
     formula = NoiseSchedule(config).betas
     if len(betas) == len(formula) and torch.allclose(betas.double(), formula, rtol=1e-2):
         return config  # the same, or so in half precision
@@ -448,16 +495,22 @@ def _yaml(file: Path, *, needed: bool) -> dict[str, Any]:
     kinds = {"linear_start": float, "linear_end": float, "timesteps": int, "scale_factor": float}
     kinds |= {"num_heads": int, "num_head_channels": int}
     try:
-        model = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["params"]
+        text = file.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("it has aliases, with which a few lines can become millions")
+        model = yaml.safe_load(text)["model"]["params"]
         said = {**model, **model.get("unet_config", {}).get("params", {})}
         prediction = PARAMETERIZATION[said.get("parameterization", "eps")]
         options = {name: kind(said[name]) for name, kind in kinds.items() if name in said}
     except (
-        OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError
+        OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+        OverflowError,
     ) as error:  # fmt: skip
-        raise CheckpointError(
-            f"{file} is no configuration in CompVis's layout ({' '.join(str(error).split())[:100]})"
-        ) from None
+        reason = f"is no configuration in CompVis's layout ({' '.join(str(error).split())[:100]})"
+        if needed:
+            raise CheckpointError(f"{file} {reason}") from None
+        logger.warning("%s %s; it is left aside", file, reason)
+        return {}
     return {**options, "prediction_type": prediction}
 
 
@@ -471,12 +524,14 @@ def _stored(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
             "unet": UNetConfig,
             "vae": AutoencoderConfig,
             "schedule": ScheduleConfig,
+            "text_encoder": TextConfig,
         }
         for name, kind in kinds.items():
-            values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored[name].items()}
-            stored[name] = kind(**values)
+            stored[name] = read_config(kind, stored[name], f"{file}: ldm's metadata")
+        if type(stored["pad_token"]) is not str or type(stored["defaults"]) is not dict:
+            raise TypeError("pad_token or defaults")
         return stored
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: ldm's metadata is damaged ({error!r})") from None
 
 

@@ -102,6 +102,20 @@ def test_what_stands_there_is_kept(convert, original, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.safetensors"]
 
 
+def test_overwrite_keeps_what_is_not_the_models(convert, original, tmp_path):
+    for name in ("out/letter.txt", "out/checkpoint-10/state.json", "out/unet/old.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("dear friend")
+    (tmp_path / "out" / "model_index.json").write_text("{}")
+    convert(original, tmp_path / "out", "--overwrite")
+    assert (tmp_path / "out/letter.txt").read_text() == "dear friend"
+    assert (tmp_path / "out/checkpoint-10/state.json").read_text() == "dear friend"
+    assert not (tmp_path / "out/unet/old.txt").exists()  # of the model that stood there
+    convert(tmp_path / "out", tmp_path / "out", "--overwrite")  # onto itself
+    convert(tmp_path / "out", tmp_path / "again.safetensors")
+    assert_same(original, tmp_path / "again.safetensors")
+
+
 @pytest.mark.parametrize("out", ["mine", "mine.safetensors"])
 def test_overwrite_replaces_only_models(convert, original, tmp_path, out):
     (tmp_path / out).mkdir()

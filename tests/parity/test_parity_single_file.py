@@ -5,7 +5,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
-from dialects import DIALECTS, OPEN_CLIP_EXTRAS, VOCABULARY, networks, single_file
+from dialects import DIALECTS, OPEN_CLIP_EXTRAS, TOWER, VOCABULARY, networks, single_file
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_open_clip_checkpoint,
@@ -68,9 +68,7 @@ def test_the_fused_tower_is_the_same_to_diffusers_transformers_and_open_clip(tmp
     assert not fresh.load_state_dict(mine).missing_keys
 
     tower = networks(dialect).text
-    fresh = TextTransformer(
-        vocab_size=VOCABULARY, width=1024, heads=16, layers=2, mlp_ratio=1 / 16, output_dim=8
-    )
+    fresh = TextTransformer(**TOWER)
     fresh.load_state_dict(open_clip_weights(tmp_path / "ours.safetensors"))
     ids = clip_tokenizer(VOCABULARY)(["a red flower"], padding="max_length", return_tensors="pt")
     with torch.no_grad():

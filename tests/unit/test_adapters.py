@@ -340,7 +340,7 @@ def test_damaged_settings(model: Model, tmp_path: Path, metadata: str, said: str
 def test_missing_and_torn_files(model: Model, tmp_path: Path, name: str) -> None:
     refused(model, tmp_path / name, "no file")
     (tmp_path / name).write_bytes(b"torn")
-    refused(model, tmp_path / name, "lora")
+    refused(model, tmp_path / name, "is damaged|cut short")
     if name.endswith("t"):
         torch.save([torch.ones(2)], tmp_path / name)
         refused(model, tmp_path / name, "no dictionary of tensors")
@@ -419,6 +419,9 @@ def test_words_are_forgotten_bit_for_bit(model: Model, tmp_path: Path) -> None:
         ({"string_to_param": 3}, "is no textual inversion"),
         ({"string_to_param": {"*": VECTORS, "+": VECTORS}}, "is no textual inversion"),
         ({"<cat>": VECTORS / 0}, "not finite"),
+        ({"<cat>": VECTORS.int()}, "not finite"),
+        ({"<cat>": VECTORS.cfloat()}, "<cat> is no plain tensor"),
+        ({"<cat>": VECTORS[:1, :1].expand(10**6, 10**6)}, "<cat> claims more numbers"),
         ({"<cat>": torch.ones(2, 768)}, r"are 768 wide \(SD 1.x\), the text encoder's 32 wide"),
         ({"<cat>": torch.ones(2, 1024)}, r"are 1024 wide \(SD 2.x\)"),
         ({"<cat>": torch.ones(2, 5)}, r"are 5 wide \(a family unknown here\)"),

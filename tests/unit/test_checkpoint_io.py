@@ -138,6 +138,37 @@ def test_atomic_file_is_whole_or_not_there(tmp_path, old):
     assert contents(tmp_path) == {"weights": b"new"}
 
 
+def test_recover_touches_only_what_was_left_behind(tmp_path):
+    """Of processes that are gone, by the names that this module gives."""
+    mine = (
+        ".notes.2019-backup.old", ".draft.999999-x.tmp", ".model.1abc-2.tmp",
+        ".model.0123abcd.tmp", "model.999999999-0123abcd.tmp", ".a.9999999999999-0123abcd.tmp",
+    )  # fmt: skip
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    recover(tmp_path)
+    assert contents(tmp_path) == dict.fromkeys(mine, b"mine")
+    (tmp_path / ".file.999999999-0123abcd.old").write_text("whole")
+    (tmp_path / "there").mkdir()
+    (tmp_path / ".there.999999999-0123abcd.old").write_text("older")
+    (tmp_path / ".link.999999999-0123abcd.tmp").symlink_to(tmp_path / "there")
+    recover(tmp_path, "other")
+    assert len(list(tmp_path.iterdir())) == len(mine) + 4
+    recover(tmp_path)
+    assert contents(tmp_path) == dict.fromkeys(mine, b"mine") | {"file": b"whole"}
+    assert (tmp_path / "there").is_dir()
+    recover(tmp_path / "nowhere")
+
+
+def test_a_link_stays_a_link(tmp_path):
+    with atomic_folder(tmp_path / "big" / "model") as part:
+        (part / "a").write_text("old")
+    (link := tmp_path / "model").symlink_to(tmp_path / "big" / "model")
+    with atomic_folder(link) as part:
+        (part / "a").write_text("new")
+    assert link.is_symlink() and contents(tmp_path / "big") == {"model/a": b"new"}
+
+
 def test_another_process_may_be_writing(tmp_path):
     """Its temporary folder is left alone as long as it lives."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
@@ -210,6 +241,48 @@ def test_load_weights_lists_all_that_is_wrong():
         load_weights(net, {f"x{i}": torch.zeros(1) for i in range(16)}, "w")
 
 
+def test_load_weights_compares_before_it_converts():
+    """Numbers of another kind are a mistake; what does not fit is never converted."""
+    tensors = Net().state_dict()
+    tensors |= {
+        "linear.weight": torch.zeros(3, 2, dtype=torch.int8),
+        "norm.bias": torch.ones(3) > 0,
+    }
+    with pytest.raises(
+        CheckpointError, match="weight is of torch.int8; norm.bias is of torch.bool"
+    ):
+        load_weights(Net(), tensors, "w")
+    huge = torch.zeros(1).expand(10**6, 10**6)
+    with pytest.raises(CheckpointError, match=r"linear.weight is \(1000000, 1000000\), not"):
+        load_weights(Net(), Net().state_dict() | {"linear.weight": huge}, "w", dtype=torch.float64)
+    load_weights(net := Net(), Net().state_dict(), "w", dtype=torch.float64)
+    assert {parameter.dtype for parameter in net.parameters()} == {torch.float64}
+
+
+def test_two_names_of_one_storage(tmp_path):
+    table = torch.randn(4)
+    write_tensors(tmp_path / "w.safetensors", {"a": table, "b": table, "c": table[1:]})
+    for name, tensor in load_file(tmp_path / "w.safetensors").items():
+        assert torch.equal(tensor, table[1:] if name == "c" else table)
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    script = f"""
+        import pathlib, resource, signal, torch
+        from ldm.checkpoint.io import atomic_file, write_tensors
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        with atomic_file(pathlib.Path({str(tmp_path)!r}) / "w") as file:
+            write_tensors(file, {{"a": torch.zeros(1000)}})
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
+    )
+    last = process.stderr.splitlines()[-1]
+    assert "CheckpointError: cannot write into" in last and "is the disk full?" in last
+    assert not list(tmp_path.iterdir())
+
+
 def test_tensors_and_dtypes_travel(tmp_path):
     tensors = {
         "a": torch.randn(3, 4).bfloat16(),
@@ -246,7 +319,10 @@ def test_missing_and_damaged_files_are_one_line(tmp_path):
         read_tensors(tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match=r"no file .*config.json; is .* a model folder"):
         read_json(tmp_path / "config.json")
-    for text in (b'{"a": 1', b"\xff\xfe", b"", b"[1, 2]", b"7"):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CheckpointError, match="folder is not readable as JSON"):
+        read_json(tmp_path / "folder")
+    for text in (b'{"a": 1', b"\xff\xfe", b"", b"[1, 2]", b"7", b"[" * 100_000):
         (tmp_path / "config.json").write_bytes(text)
         with pytest.raises(CheckpointError, match=r"config.json is not readable as JSON") as error:
             read_json(tmp_path / "config.json")

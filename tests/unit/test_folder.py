@@ -1,6 +1,7 @@
 """The configurations of a model folder come back as they went, and diffusers' are the same."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import diffusers
@@ -8,11 +9,14 @@ import pytest
 import torch
 
 from ldm.checkpoint.folder import (
+    ModelParts,
     load_defaults,
+    load_folder,
     load_schedule,
     load_text_encoder,
     load_unet,
     load_vae,
+    save_folder,
     save_index,
     save_schedule,
     save_unet,
@@ -206,6 +210,16 @@ SMALLEST = {
         ("vae", "latents_mean", [0.0, 0.1, 0.2, 0.3]),
         ("vae", "down_block_types", ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]),
         ("vae", "scaling_factor", -1),
+        ("unet", "layers_per_block", 3000),
+        ("unet", "block_out_channels", [8] * 17),
+        ("unet", "block_out_channels", ["a", "b"]),
+        ("unet", "norm_eps", "x"),
+        ("unet", "use_linear_projection", "no"),
+        ("unet", "sample_size", True),
+        ("unet", "num_attention_heads", 2.0),
+        ("unet", "down_block_types", 5),
+        ("vae", "scaling_factor", float("nan")),
+        ("vae", "latent_channels", "4"),
     ],
 )
 def test_unknown_options_are_refused_by_name(tmp_path, part, key, value):
@@ -215,7 +229,7 @@ def test_unknown_options_are_refused_by_name(tmp_path, part, key, value):
         save_vae(AutoencoderKL(VAES["f2"]), tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    name = "blocks" if part == "unet" and key.endswith("block_types") else key
+    name = "block" if part == "unet" and key.endswith("block_types") else key
     with pytest.raises(LdmError, match=name) as error:
         load_unet(tmp_path) if part == "unet" else load_vae(tmp_path)
     assert "\n" not in str(error.value)
@@ -228,13 +242,19 @@ def test_unknown_options_are_refused_by_name(tmp_path, part, key, value):
         ("prediction_type", "flow_prediction"),
         ("timestep_spacing", "random"),
         ("num_train_timesteps", 1),
+        ("num_train_timesteps", 2 * 10**9),
+        ("num_train_timesteps", "1000"),
+        ("beta_start", "x"),
+        ("_ldm", 3),
     ],
 )
 def test_unknown_schedules_are_refused_by_name(tmp_path, key, value):
     save_schedule(NoiseSchedule(ScheduleConfig()), tmp_path)
     file = tmp_path / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    with pytest.raises(LdmError, match=f"{key}.*{value}") as error:
+    with pytest.raises(
+        LdmError, match=f"{key} .*{'no object' if key == '_ldm' else value}"
+    ) as error:
         load_schedule(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -268,6 +288,66 @@ def test_index_keeps_defaults(tmp_path):
     assert load_defaults(tmp_path) == {"guidance_scale": 3.0}
     index = diffusers.StableDiffusionPipeline.load_config(tmp_path)
     assert index["_class_name"] == "StableDiffusionPipeline"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("hidden_act", "nope", "no text encoder is of this shape .*nope"),
+        ("num_attention_heads", 7, "no text encoder is of this shape"),
+        ("hidden_size", "32", "hidden_size is '32'"),
+        ("num_hidden_layers", 1000, "num_hidden_layers is '1000'"),
+        ("max_position_embeddings", 3 * 10**8, "max_position_embeddings is '300000000'"),
+        ("max_position_embeddings", 10**5, r"is \(77, 32\), not \(100000, 32\)"),
+        ("model_type", "bert", "model_type is 'bert'"),
+    ],
+)
+def test_text_encoders_that_are_none(tmp_path, tiny_model_folder, key, value, words):
+    with pytest.raises(CheckpointError, match=words) as error:
+        load_text_encoder(text_encoder_with(tmp_path, tiny_model_folder, {key: value}))
+    assert "\n" not in str(error.value)
+
+
+def text_encoder_with(tmp_path, folder, changes):
+    folder = shutil.copytree(folder, tmp_path / "model")
+    file = folder / "text_encoder/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+def test_a_configuration_chooses_no_code(tmp_path, tiny_model_folder, name):
+    """transformers fetches kernels for some words here; other settings change what it returns."""
+    changes = {name: "evil/repo", "return_dict": False, "output_attentions": True}
+    text = load_text_encoder(text_encoder_with(tmp_path, tiny_model_folder, changes))
+    config = text.tower.model.config
+    assert config._attn_implementation == "sdpa" and config.return_dict
+    assert torch.equal(text.encode(["a"]), load_text_encoder(tiny_model_folder).encode(["a"]))
+
+
+def test_a_half_written_folder_does_not_open(tmp_path, tiny_pipeline, monkeypatch):
+    """Else it would be a mixture of two models."""
+    parts = ModelParts(**tiny_pipeline.components)
+    save_folder(parts, tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ldm.checkpoint.folder.save_vae", full)
+    with pytest.raises(OSError, match="No space"):
+        save_folder(parts, tmp_path)
+    with pytest.raises(CheckpointError, match="no file .*model_index.json"):
+        load_folder(tmp_path)
+    monkeypatch.undo()
+    save_folder(parts, tmp_path)
+    load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("ours", [None, [], 3, {"defaults": 3}])
+def test_an_index_of_another_shape(tmp_path, ours):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_ldm": ours}))
+    with pytest.raises(CheckpointError, match="model_index.json is damaged .its _ldm"):
+        load_defaults(tmp_path)
 
 
 def test_missing_parts_are_named(tmp_path, tiny_model_folder):

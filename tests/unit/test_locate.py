@@ -49,7 +49,8 @@ def test_a_wrong_name_gets_the_nearest(bundled, tmp_path):
         "no model 'flower', neither a folder nor bundled; did you mean 'flowers'? Choose from:"
         " flowers, portraits"
     )
-    for name in ("/no/such/folder", "./no/such", "../no", "~/no", "a/b/c", "half-written"):
+    names = ("/no/such/folder", "./no/such", "../no", "~/no", "a/b/c", "half-written")
+    for name in (*names, "~nosuchuser/x", "a" * 5000, "x\0y"):
         with pytest.raises(ConfigError, match="no model"):
             locate_model(name)
     (tmp_path / "model.txt").touch()
@@ -100,18 +101,39 @@ def test_downsample_factor_of_a_file(tmp_path, levels, factor):
     names = [f"first_stage_model.encoder.down.{i}.block.0.norm1.bias" for i in range(levels)]
     save_file({name: torch.zeros(1) for name in names}, tmp_path / "m.safetensors")
     assert downsample_factor(tmp_path / "m.safetensors") == factor
+    far = {"first_stage_model.encoder.down.3000000000.x": torch.zeros(1)}  # which is no level
+    save_file(far, tmp_path / "far.safetensors")
+    assert downsample_factor(tmp_path / "far.safetensors") == 1
     (tmp_path / "m.ckpt").touch()
     assert downsample_factor(tmp_path / "m.ckpt") == 8
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\xff" * 20, b"\x02" + b"\0" * 7 + b"[]", b"\x08" + b"\0" * 7 + b'{"a": 1}']
-)
+    "content",
+    [
+        b"", b"\xff" * 20, b"\x02" + b"\0" * 7 + b"[]", b"\x08" + b"\0" * 7 + b'{"a": 1}',
+        (100_006).to_bytes(8, "little") + b'{"a": ' + b"[" * 100_000,
+        *(len(text := b'{"__metadata__": %b}' % m).to_bytes(8, "little") + text
+          for m in (b"[1]", b"null", b'"x"', b'{"a": 5}', b'{"a": {}}')),
+    ],
+    ids=range(10),
+)  # fmt: skip
 def test_headers_that_are_none(tmp_path, content):
     (tmp_path / "m.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match="m.safetensors is damaged") as error:
         safetensors_header(tmp_path / "m.safetensors")
     assert "\n" not in str(error.value)
+
+
+def test_a_header_of_over_100_mb(tmp_path):
+    """Is not read: the format allows none."""
+    with (tmp_path / "m.safetensors").open("wb") as file:
+        file.write((200 * 2**20).to_bytes(8, "little"))
+        file.truncate(300 * 2**20)
+    with pytest.raises(
+        CheckpointError, match="m.safetensors is damaged .its header claims 209715200"
+    ):
+        safetensors_header(tmp_path / "m.safetensors")
 
 
 def test_what_is_fetched(monkeypatch):
@@ -126,18 +148,20 @@ def test_what_is_fetched(monkeypatch):
             ".safetensors.index.fp16.json", ".non_ema.safetensors", ".bin",
         )
     ]  # fmt: skip
+    files += ["single_file_extras.safetensors"]
     files += ["v1-5-pruned.safetensors", "unet/config.json", "safety_checker/model.safetensors"]
     for variant, ends in ((None, files[:3] + files[8:11]), ("fp16", files[3:6] + files[11:14])):
         locate_model("some-owner/some-model", variant=variant)
         fetched = [f for f in files if any(fnmatch(f, p) for p in asked["allow_patterns"])]
-        assert fetched == [*ends, "unet/config.json"]
+        assert fetched == [*ends, "single_file_extras.safetensors", "unet/config.json"]
 
 
 def test_downsample_factor_errors(tmp_path):
     with pytest.raises(CheckpointError, match="no file .*vae/config.json"):
         downsample_factor(tmp_path)
     (tmp_path / "vae").mkdir()
-    for text in ("{", "{}", '{"block_out_channels": 3}', "[]", '{"block_out_channels": []}'):
+    many = json.dumps({"block_out_channels": [8] * 17})
+    for text in ("{", "{}", '{"block_out_channels": 3}', "[]", '{"block_out_channels": []}', many):
         (tmp_path / "vae" / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match="config.json is damaged") as error:
             downsample_factor(tmp_path)

@@ -56,6 +56,14 @@ def test_a_shard_that_is_missing(folder):
         load_folder(folder)
 
 
+def test_only_a_variant(folder):
+    for part, stem in STEMS.items():
+        (folder / part / f"{stem}.safetensors").rename(folder / part / f"{stem}.fp16.safetensors")
+    with pytest.raises(CheckpointError, match="unet has .* only as a variant; give --variant fp16"):
+        load_folder(folder)
+    load_folder(folder, variant="fp16")
+
+
 @pytest.mark.parametrize("weight_map", [None, [], {"a": "../../secret.safetensors"}, {"a": 3}])
 def test_an_index_that_points_elsewhere(folder, weight_map):
     shard(folder)

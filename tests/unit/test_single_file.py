@@ -3,6 +3,7 @@
 import json
 import pickle
 import zipfile
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch.testing import assert_close
 
 from ldm.checkpoint.folder import ModelParts, load_folder, save_folder
 from ldm.checkpoint.io import read_ckpt
+from ldm.checkpoint.locate import safetensors_header
 from ldm.checkpoint.names import CLIP_PREFIX, OPEN_CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
 from ldm.checkpoint.single_file import load_single_file, open_clip_weights, save_single_file
 from ldm.config import ScheduleConfig
@@ -107,6 +109,65 @@ def test_other_spellings(tmp_path):
     check(load_single_file(write(tensors, tmp_path / "m.safetensors")), SD1, torch.float32)
 
 
+@pytest.mark.parametrize(
+    "names", [("to_q", "to_k", "to_v", "to_out.0"), ("query", "key", "value", "proj_attn")]
+)
+def test_attention_of_the_vae_by_diffusers_names(tmp_path, names):
+    """As diffusers' converter wrote it once; with both spellings, nobody knows which one counts."""
+    old = dict(zip(("q", "k", "v", "proj_out"), names, strict=True))
+    tensors = single_file(SD1)
+    for name in [name for name in tensors if ".attn_1." in name and ".norm." not in name]:
+        head, layer, kind = (
+            name.replace("attn_1.", "attn_1 ")
+            .replace(".weight", " weight")
+            .replace(".bias", " bias")
+            .split()
+        )
+        tensors[f"{head}.{old[layer]}.{kind}"] = tensors.pop(name).flatten(
+            1 if kind == "weight" else 0
+        )
+    check(load_single_file(write(tensors, tmp_path / "m.safetensors")), SD1, torch.float32)
+    key = VAE_PREFIX + "encoder.mid.attn_1.q.bias"
+    refused(
+        write(tensors | {key: torch.zeros(32)}, tmp_path / "two.safetensors"),
+        "two names",
+        "mid.attn_1.",
+    )
+
+
+def test_two_text_encoders(tmp_path):
+    """Of which one would be dropped without a word."""
+    key = CLIP_PREFIX + "final_layer_norm.bias"
+    tensors = single_file(SD2, torch.float16) | {key: torch.zeros(2)}
+    words = ("two text encoders", key, OPEN_CLIP_PREFIX)
+    refused(write(tensors, tmp_path / "m.safetensors"), *words, prediction_type="epsilon")
+    twice = single_file(SD1, torch.float16) | {key.replace(".text_model", ""): torch.zeros(2)}
+    refused(write(twice, tmp_path / "m.ckpt"), "two names")
+
+
+@pytest.mark.parametrize("layers", [22, 23, 24])
+def test_depth_of_sd_2(tmp_path, layers):
+    """Of 24 layers the last is not used, and may be left out. All layers here are one."""
+    from open_clip.transformer import TextTransformer
+
+    wide = TextTransformer(
+        vocab_size=600, width=1024, heads=16, layers=1, mlp_ratio=1 / 16, output_dim=8
+    )
+    first = "transformer.resblocks.0."
+    tensors = {k: v for k, v in single_file(SD2).items() if not k.startswith(OPEN_CLIP_PREFIX)}
+    for name, tensor in wide.state_dict().items():
+        repeats = range(layers) if name.startswith(first) else [0]
+        for i in repeats:
+            tensors[OPEN_CLIP_PREFIX + name.replace(first, f"transformer.resblocks.{i}.")] = tensor
+    file = write(tensors, tmp_path / "m.ckpt")
+    if layers == 22:
+        return refused(file, "22 layers", "24, or 23", prediction_type="epsilon")
+    parts = load_single_file(file, prediction_type="epsilon")
+    assert parts.text_encoder.tower.layers == 23
+    left = [name for name in parts.left_over if ".resblocks." in name]
+    assert len(left) == (12 if layers == 24 else 0) and all(".23." in name for name in left)
+
+
 def test_each_tensor_keeps_its_dtype(tmp_path):
     tensors = single_file(SD1, torch.float16)
     name = UNET_PREFIX + "time_embed.0.weight"
@@ -152,6 +213,24 @@ def test_prediction_type_that_nobody_says(tmp_path, suffix):
     refused(file, "--prediction_type", "epsilon", "v_prediction")
 
 
+def test_markers_of_trainers(tmp_path, caplog):
+    """`v_pred` and `ztsnr` are empty tensors; they are written back."""
+    names = ("v_pred", "ztsnr")
+    markers = {name: torch.zeros(0) for name in names}
+    for dialect in (SD1, SD2):
+        tensors = single_file(dialect, torch.float16)
+        parts = load_single_file(write(tensors | markers, tmp_path / "m.safetensors"))
+        config = ScheduleConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+        assert parts.schedule.config == config and not caplog.messages
+        save_single_file(parts, tmp_path / "again.safetensors")
+        again = load_single_file(tmp_path / "again.safetensors")
+        assert again.schedule.config == config
+        assert [name for name in again.left_over if name in names] == sorted(names)
+    load_single_file(write(single_file(SD1, torch.float16), tmp_path / "plain.safetensors"))
+    (message,) = caplog.messages
+    assert "plain.safetensors does not say what its U-Net predicts" in message
+
+
 def test_a_yaml_says_more(tmp_path):
     """The schedule, the scale of the latents and the heads."""
     file = write(single_file(SD1, torch.float16), tmp_path / "m.safetensors")
@@ -162,9 +241,26 @@ def test_a_yaml_says_more(tmp_path):
     parts = load_single_file(file)
     assert parts.schedule.config == ScheduleConfig(500, beta_start=0.001, beta_end=0.02)
     assert parts.vae.config.scaling_factor == 0.3 and parts.unet.config.heads == (2, 4)
-    file.with_suffix(".yaml").write_text("model: 3")
-    with pytest.raises(CheckpointError, match="m.yaml is no configuration"):
-        load_single_file(file)
+
+
+NO_YAML = {
+    "foreign": ("name: my notes", "'model'"),
+    "no mapping": ("model: 3", "not subscriptable"),
+    "deep": ("model: " + "[" * 3000 + "]" * 3000, "recursion"),
+    "aliases": ("a: &a {b: 1}\nmodel: {<<: [*a, *a], params: {}}", "aliases"),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), NO_YAML.values(), ids=NO_YAML)
+def test_a_yaml_of_something_else(tmp_path, caplog, text, words):
+    """Beside the file it is left aside, with a warning; as --config it is a mistake."""
+    file = write(single_file(SD1, torch.float16), tmp_path / "m.safetensors")
+    (yaml := file.with_suffix(".yaml")).write_text(text)
+    load_single_file(file, prediction_type="epsilon")
+    assert f"{yaml} is no configuration in CompVis's layout" in caplog.text
+    with pytest.raises(CheckpointError, match=f"m.yaml is no configuration .*{words}") as error:
+        load_single_file(file, config=yaml)
+    assert "\n" not in str(error.value)
 
 
 def test_a_table_of_betas_is_the_schedule(tmp_path):
@@ -213,6 +309,19 @@ DAMAGE = {
     "OpenCLIP, missing": (SD2, without(FUSED), "missing encoder.layers.0.self_attn.q_proj.bias"),
     "OpenCLIP, unexpected": (SD2, with_key(OPEN_CLIP_PREFIX + "x"), "unexpected x"),
     "OpenCLIP, misshapen": (SD2, with_shape(FUSED, 30), "q_proj.bias is (10,)"),
+    "U-Net, whole numbers": (
+        SD1,
+        lambda tensors: tensors.update({UNET_PREFIX + "out.2.bias": torch.zeros(4).int()}),
+        "conv_out.bias is of torch.int32",
+    ),
+    "a scalar for a matrix": (SD1, with_shape(ATTENTION), "--prediction_type"),
+    "U-Net, endless": (SD1, with_key(UNET_PREFIX + "input_blocks.300000.0.x"), "unexpected input"),
+    "VAE, endless": (SD1, with_key(VAE_PREFIX + "encoder.down.3000000000.x"), "unexpected encoder"),
+    "OpenCLIP, endless": (
+        SD2,
+        with_key(OPEN_CLIP_PREFIX + "transformer.resblocks.3000000.x"),
+        "unexpected transformer.resblocks.3000000.x",
+    ),
     "a key of nobody": (SD1, with_key("embedding_manager.x"), "embedding_manager.x"),
 }  # fmt: skip
 
@@ -263,7 +372,7 @@ def test_truncated_files(tmp_path, suffix, length):
     whole = write(single_file(SD1, torch.float16), tmp_path / f"whole{suffix}")
     torn = tmp_path / f"torn{suffix}"
     torn.write_bytes(whole.read_bytes()[:length])
-    refused(torn)
+    refused(torn, "is damaged (" if suffix == ".safetensors" else "is cut short")
     refused(tmp_path / f"nowhere{suffix}", "no file")
 
 
@@ -296,7 +405,7 @@ def test_nothing_in_a_pickle_is_run(tmp_path, function, zipped):
         {"state_dict": single_file(SD1, torch.float16), "callbacks": evil}, file,
         _use_new_zipfile_serialization=zipped,
     )  # fmt: skip
-    refused(file)
+    refused(file, "asks for", "nothing of it was run")
     assert not sentinel.exists()
     pickle.loads(pickle.dumps(evil))  # which does run it
     assert sentinel.exists() == (function != "getattr")
@@ -345,7 +454,78 @@ def test_archives_that_grow(tmp_path):
     bomb.write_bytes(content)
     refused(bomb, "more than its own size")
     (tmp_path / "list.ckpt").write_bytes(pickle.dumps([1, 2], 2))
-    refused(tmp_path / "list.ckpt")
+    refused(tmp_path / "list.ckpt", "nothing that torch.save writes")
+    torch.save([torch.zeros(2)], tmp_path / "list.ckpt")
+    refused(tmp_path / "list.ckpt", "no dictionary of tensors")
+
+
+def test_an_archive_has_one_end(tmp_path):
+    """Else one reader checks what another does not read."""
+    whole = write({"x": torch.zeros(100)}, tmp_path / "whole.ckpt").read_bytes()
+    for name, tail in {"cut": whole[-22:-2], "twice": whole[-98:], "end": b"PK\5\6"}.items():
+        file = tmp_path / f"{name}.ckpt"
+        file.write_bytes(whole + tail)
+        refused(file, "cut short, or has something behind its end")
+    file = tmp_path / "two.ckpt"
+    for evil in ("whole/data.pkl", "other/DATA.PKL"):
+        file.write_bytes(whole)
+        with (
+            zipfile.ZipFile(file, "a") as archive,
+            pytest.warns() if "whole" in evil else nullcontext(),
+        ):
+            archive.writestr(evil, b"")
+        refused(file, "archive that torch.save did not write")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "kind", ["bytearray", "storage", "sparse", "meta", "quantized", "complex", "expanded"]
+)
+def test_what_no_plain_weights_are(tmp_path, kind, zipped):
+    """It takes memory that the file does not have, or computes in another way."""
+    x = torch.eye(4)
+    content, words = {
+        "bytearray": (Evil(bytearray, 2**40), "asks for builtins.bytearray"),
+        "storage": (Evil(torch.FloatTensor, 2**40), "asks for torch.FloatTensor"),
+        "sparse": (x.to_sparse(), "asks for torch._utils._rebuild_sparse_tensor"),
+        "meta": (x.to("meta"), "asks for torch._utils._rebuild_meta_tensor_no_storage"),
+        "quantized": (
+            torch._empty_affine_quantized([4], scale=1.0, zero_point=0, dtype=torch.qint8),
+            "asks for torch._utils._rebuild_qtensor",
+        ),
+        "complex": (x.cfloat(), "betas is no plain tensor"),
+        "expanded": (torch.zeros(1).expand(10**6, 10**6), "betas claims more numbers"),
+    }[kind]
+    file = tmp_path / "m.ckpt"
+    tensors = single_file(SD1, torch.float16) | {"betas": content}
+    torch.save({"state_dict": tensors}, file, _use_new_zipfile_serialization=zipped)
+    refused(file, words)
+
+
+def test_a_damaged_pickle_gets_no_advice_of_torch(tmp_path):
+    """Which is to run the file's code."""
+    import collections
+
+    file = tmp_path / "m.ckpt"
+    torch.save(single_file(SD1) | {"x": collections.defaultdict(Evil, {})}, file, pickle_protocol=4)
+    with pytest.raises(CheckpointError, match="m.ckpt cannot be read as weights") as error:
+        load_single_file(file)
+    assert not any(word in str(error.value) for word in ("weights_only", "torch.load", "\x1b"))
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 4265380512\n"
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_files_that_are_something_else(tmp_path, suffix):
+    file = tmp_path / f"m{suffix}"
+    for content, words in ((POINTER, "git-lfs"), (b"\n<!DOCTYPE html>", "a web page")):
+        file.write_bytes(content)
+        refused(file, words)
+    other = ".ckpt" if suffix == ".safetensors" else ".safetensors"
+    content = write(single_file(SD1, torch.float16), tmp_path / f"other{other}").read_bytes()
+    file.write_bytes(content)
+    refused(file, f"rename it to {other}")
 
 
 def same(a, b):
@@ -425,6 +605,46 @@ def test_open_clip_weights_need_open_clip(tmp_path):
 
 
 def test_metadata_that_is_damaged(tmp_path):
-    for text in ("{", "{}", '{"unet": {"x": 1}}', "[]"):
-        tensors = single_file(SD1, torch.float16)
+    tensors = single_file(SD1, torch.float16)
+    for text in ("{", "{}", '{"unet": 3}', "[]", "[" * 100_000):
         refused(write(tensors, tmp_path / "m.safetensors", {"ldm": text}), "metadata is damaged")
+
+
+WRONG = {
+    "text_encoder, act": ("text_encoder", {"hidden_act": "nope"}, "no text encoder is of this"),
+    "text_encoder, positions": (
+        "text_encoder",
+        {"max_position_embeddings": 3 * 10**8},
+        "300000000",
+    ),
+    "text_encoder": ("text_encoder", 3, "metadata is damaged"),
+    "unet, word": ("unet", {"layers_per_block": "2"}, "layers_per_block is '2'"),
+    "unet, many": ("unet", {"layers_per_block": 3000}, "layers_per_block is '3000'"),
+    "vae": ("vae", {"block_out_channels": [32] * 17}, "block_out_channels"),
+    "schedule": ("schedule", {"num_train_timesteps": 2 * 10**9}, "num_train_timesteps"),
+    "defaults": ("defaults", 3, "metadata is damaged"),
+    "pad_token, number": ("pad_token", 3, "metadata is damaged"),
+    "pad_token, none": ("pad_token", "nope", "no word of CLIP's"),
+}
+
+
+@pytest.mark.parametrize(("part", "change", "words"), WRONG.values(), ids=WRONG)
+def test_metadata_that_is_wrong(tmp_path, tiny_pipeline, part, change, words):
+    save_single_file(ModelParts(**tiny_pipeline.components), tmp_path / "m.safetensors")
+    ours = json.loads(safetensors_header(tmp_path / "m.safetensors")[1]["ldm"])
+    ours[part] = ours[part] | change if isinstance(change, dict) else change
+    metadata = {"ldm": json.dumps(ours)}
+    tensors = load_file(tmp_path / "m.safetensors")
+    refused(write(tensors, tmp_path / "wrong.safetensors", metadata), words)
+
+
+def test_metadata_chooses_no_code(tmp_path, tiny_pipeline):
+    """transformers fetches kernels for some words in `attn_implementation`."""
+    save_single_file(ModelParts(**tiny_pipeline.components), tmp_path / "m.safetensors")
+    ours = json.loads(safetensors_header(tmp_path / "m.safetensors")[1]["ldm"])
+    evil = {"attn_implementation": "evil/repo", "_attn_implementation": "evil/repo"}
+    ours["text_encoder"] |= evil | {"return_dict": False}
+    tensors = load_file(tmp_path / "m.safetensors")
+    file = write(tensors, tmp_path / "evil.safetensors", {"ldm": json.dumps(ours)})
+    config = load_single_file(file).text_encoder.tower.model.config
+    assert config._attn_implementation == "sdpa" and config.return_dict
