@@ -183,7 +183,7 @@ def draw_pictures(options: Namespace) -> None:
     pictures, samples = plan(options), make_folder(options.outdir / "samples")
     read_inputs(options)
     pipeline = open_model(options)
-    record = record_of(pipeline, options)
+    record = None if options.no_metadata else record_of(pipeline, options)
     prepare(pipeline, options)
     inputs = call_inputs(pipeline, options)
     grids: dict[tuple[int, int], list[Image.Image]] = {}
@@ -193,8 +193,8 @@ def draw_pictures(options: Namespace) -> None:
             grids.setdefault(image.size, []).append(image)
             if options.skip_save:
                 continue
-            own = _own_record(pipeline, picture, result, i) | record
-            text, own = (None, None) if options.no_metadata else (_parameters(own), own)
+            own = None if record is None else _own_record(pipeline, picture, result, i) | record
+            text = None if own is None else _parameters(own)
             with new_file(samples, "", 5, f".{options.format}") as file:
                 save_picture(image, file, text, own)
             print(f"{file}  seed {picture.seed}  {picture.prompt}", flush=True)

@@ -285,13 +285,12 @@ def to_mask(mask: ImageInput, image: ImageInput, height: int, width: int) -> Ten
         if tuple(tensor.shape[-2:]) != (height, width):
             tensor = F.interpolate(tensor, (height, width))
         return (tensor >= 0.5).float()
-    grey, images = [to_rgb(one).convert("L") for one in pictures], _pictures(image) or []
-    for one, of in zip(grey, [to_rgb(of).size for of in images] * len(grey), strict=False):
-        if one.size != of:
-            raise ConfigError(
-                f"mask_image is {one.size[0]}x{one.size[1]} and image {of[0]}x{of[1]};"
-                " make them equal"
-            )
+    grey = [to_rgb(one).convert("L") for one in pictures]
+    sizes = [to_rgb(of).size for of in _pictures(image) or []]
+    for i in range(max(len(grey), len(sizes)) if sizes else 0):  # one may serve all the others
+        (w, h), of = grey[i % len(grey)].size, sizes[i % len(sizes)]
+        if (w, h) != of:
+            raise ConfigError(f"mask_image is {w}x{h} and image {of[0]}x{of[1]}; make them equal")
     grey = [one.resize((width, height), Image.Resampling.NEAREST) for one in grey]
     levels = torch.stack([torch.from_numpy(np.array(one))[None] for one in grey])  # b 1 H W
     return (levels >= 128).float()

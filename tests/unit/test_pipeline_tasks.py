@@ -440,6 +440,14 @@ def test_slices_and_tiles_are_the_whole(tiny_pipeline, monkeypatch):
         ({"mask_image": box(0, 0, 8, 8)}, "mask_image is given but no image"),
         ({"image": PHOTO, "mask_image": box(0, 0, 8, 8, (16, 16))}, "mask_image is 16x16 and"),
         ({"image": [PHOTO, PHOTO]}, "2 images for 1 pictures"),
+        (
+            {
+                "prompt": ["a", "b"],
+                "image": [PHOTO, PHOTO.resize((16, 32))],
+                "mask_image": box(0, 0, 8, 8),
+            },
+            "mask_image is 32x32 and image 16x32",
+        ),
         ({"image": []}, "image must be a PIL image"),
         ({"image": "a.png"}, "image must be a PIL image"),
         ({"image": PHOTO, "mask_image": ["a.png"]}, "image must be a PIL image"),
