@@ -13,7 +13,7 @@ from ldm.errors import ConfigError, suggest
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 LongPrompts = Literal["truncate", "chunk"]
-Variance = Literal["fixed_small", "fixed_large"]  # of DDPM's steps
+Variance = Literal["fixed_small", "fixed_large", "learned_range"]  # of DDPM's steps
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "cosine_signal_rates"]
 Spacing = Literal["leading", "trailing", "linspace", "karras", "exponential", "beta"]
 TIMESTEP_SPACINGS: tuple[Spacing, ...] = ("leading", "trailing", "linspace")
@@ -31,7 +31,7 @@ class UNetConfig:
     Attributes:
         sample_size: side of the latents it is trained on, in latent pixels.
         in_channels: latent channels in; 9 for inpainting models.
-        out_channels: latent channels out.
+        out_channels: latent channels out; twice as many where it predicts its variance, too.
         block_out_channels: width of each resolution level, finest first.
         layers_per_block: residual blocks a level (the decoder has one more).
         cross_attention: which levels have transformer blocks, finest first.
@@ -43,6 +43,8 @@ class UNetConfig:
         upcast_attention: carried for SD 2.1's folders; attention here always accumulates in fp32.
         norm_num_groups: groups of every group normalisation.
         norm_eps: epsilon of the residual blocks' group normalisation.
+        num_class_embeds: rows of a table of classes whose entries join the time embedding; the last
+            one stands for no class. There is no such table when not given.
     """
 
     sample_size: int = 64
@@ -59,6 +61,7 @@ class UNetConfig:
     upcast_attention: bool = False
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
+    num_class_embeds: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.cross_attention) != len(self.block_out_channels):
@@ -74,6 +77,11 @@ class UNetConfig:
         _check_positive("unet", self, *numbers, "transformer_layers_per_block")
         _check_positive("unet", self, "cross_attention_dim", "norm_num_groups")
         _check_groups("unet", self.block_out_channels, self.norm_num_groups)
+        if self.num_class_embeds is not None and self.num_class_embeds < 2:
+            raise ConfigError(
+                f"unet: num_class_embeds is {self.num_class_embeds}; give one more than there are"
+                " classes, for no class has a row, too"
+            )
         if (head_width := self.attention_head_dim) is not None:
             _check_positive("unet", self, "attention_head_dim")
         used = (*self.cross_attention[:-1], True)  # the middle block has attention in any case
@@ -161,6 +169,8 @@ class ScheduleConfig:
         set_alpha_to_one: whether a sampler's last step goes to sigma 0 or to timestep 0.
         clip_sample: clip the predicted x0 to [-1, 1]; for models that work on pixels.
         trained_betas: a table of T betas to use instead of a formula.
+        variance_type: of DDPM's steps, unless it is told: beta tilde (`fixed_small`), beta
+            (`fixed_large`), or between them as the network predicts (`learned_range`).
     """
 
     num_train_timesteps: int = 1000
@@ -176,12 +186,14 @@ class ScheduleConfig:
     set_alpha_to_one: bool = False
     clip_sample: bool = False
     trained_betas: tuple[float, ...] | None = None
+    variance_type: Variance = "fixed_small"
 
     def __post_init__(self) -> None:
         for name, choices in (
             ("beta_schedule", BetaSchedule),
             ("prediction_type", Prediction),
             ("timestep_spacing", Spacing),
+            ("variance_type", Variance),
         ):
             if (value := getattr(self, name)) not in get_args(choices):
                 raise ConfigError(

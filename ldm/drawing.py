@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import count, groupby
 from pathlib import Path
@@ -23,7 +24,8 @@ from ldm.checkpoint.locate import locate_model
 from ldm.errors import ConfigError
 from ldm.images import image_grid, read_image
 from ldm.metadata import file_hash, parameters_text, save_picture
-from ldm.options import DTYPES, Picture, input_files, plan, split_weight
+from ldm.options import DTYPES, Picture, input_files, plan, process, split_weight
+from ldm.outputs import first_number, remove_unfinished
 
 if TYPE_CHECKING:
     from ldm.pipeline import LatentDiffusionPipeline, PipelineOutput
@@ -108,7 +110,7 @@ def record_of(pipeline: LatentDiffusionPipeline, options: Namespace) -> dict[str
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "device": find_device(options.device),
+        "device": find_device(options.device).partition(":")[0],  # whichever of several
         "processor": _processor(find_device(options.device)),
         "dtype": _dtype(options),
     }
@@ -177,29 +179,53 @@ def draw(
 def draw_pictures(options: Namespace) -> None:
     """Draw what the options ask for, write each batch as it is done, and say each file's seed.
 
+    A file has the next free number. In a run from a prompt file, or of several processes, its
+    number follows from the picture's place in the plan, and pictures that are there are left out.
+    A batch of another size would round otherwise, so processes share the batches of one process,
+    and one that lacks a picture is drawn again whole.
+
     Raises:
         LdmError: whatever is wrong with the options, before the model is opened.
     """
+    (rank, world), ending = process(), f".{options.format}"
     pictures, samples = plan(options), make_folder(options.outdir / "samples")
     read_inputs(options)
     pipeline = open_model(options)
     record = None if options.no_metadata else record_of(pipeline, options)
+    identities = [_identity(pipeline, p, record) for p in pictures] if record else []
+    numbered = bool(record and not options.skip_save and (options.from_file or world > 1))
+    first, there = first_number(samples, ending, identities) if numbered else (0, set())
+    grid = not (options.skip_grid or there or world > 1)
+    if rank == 0 and (there or world > 1):
+        note = "" if options.skip_grid else "; no grid, which wants one process that draws all"
+        print(f"{len(there)} of {len(pictures)} pictures are there already{note}", flush=True)
     prepare(pipeline, options)
+    if rank:  # one progress bar is enough
+        pipeline.set_progress_bar_config(disable=True)
     inputs = call_inputs(pipeline, options)
+    batches = list(_batches(pictures, options, pipeline, inputs))[rank::world]
+    if numbered:
+        remove_unfinished(samples, {first + place for batch in batches for place, _ in batch})
     grids: dict[tuple[int, int], list[Image.Image]] = {}
-    for batch in _batches(pictures, options, pipeline, inputs):
-        result = draw(pipeline, batch, inputs)
-        for i, (image, picture) in enumerate(zip(result.images, batch, strict=True)):
-            grids.setdefault(image.size, []).append(image)
-            if options.skip_save:
+    for batch in batches:
+        if there.issuperset(place for place, _ in batch):
+            continue
+        result = draw(pipeline, [picture for _, picture in batch], inputs)
+        for i, (image, (place, picture)) in enumerate(zip(result.images, batch, strict=True)):
+            if grid:
+                grids.setdefault(image.size, []).append(image)
+            if options.skip_save or place in there:
                 continue
-            own = None if record is None else _own_record(pipeline, picture, result, i) | record
-            text = None if own is None else _parameters(own)
-            with new_file(samples, "", 5, f".{options.format}") as file:
-                save_picture(image, file, text, own)
+            own = text = None
+            if record:
+                own = _own_record(pipeline, picture, result, i) | record
+                own["identity"], text = identities[place], _parameters(own)
+            name = samples / f"{first + place:05}{ending}"
+            with nullcontext(name) if numbered else new_file(samples, "", 5, ending) as file:
+                save_picture(image, file, text, own, new=numbered)
             print(f"{file}  seed {picture.seed}  {picture.prompt}", flush=True)
     for images in grids.values():
-        if len(images) > 1 and not options.skip_grid:
+        if len(images) > 1:
             with new_file(options.outdir, "grid-") as file:
                 save_picture(image_grid(images, options.n_rows), file)
             print(file)
@@ -208,12 +234,16 @@ def draw_pictures(options: Namespace) -> None:
 def find_device(name: str | None) -> str:
     """The device of this name; cuda if there is one, else cpu, for None.
 
+    Each of several processes on a machine has a GPU of its own, as far as there are enough.
+
     Raises:
         ConfigError: it is not there.
     """
     import torch
 
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     try:
         torch.empty(0, device=name).cpu()  # fails on the meta device, which holds no numbers
     except (RuntimeError, AssertionError) as error:
@@ -293,11 +323,21 @@ def _batches(
     options: Namespace,
     pipeline: LatentDiffusionPipeline,
     inputs: Mapping[str, Image.Image],
-) -> Iterator[list[Picture]]:
-    """Pictures in a row that have the same settings, a few at a time."""
-    for settings, group in groupby(pictures, lambda picture: picture.settings):
+) -> Iterator[list[tuple[int, Picture]]]:
+    """Pictures in a row that have the same settings, a few at a time, with their places."""
+    for settings, group in groupby(enumerate(pictures), lambda item: item[1].settings):
         row, size = list(group), at_a_time(options, pipeline, settings, inputs.get("image"))
         yield from (row[start : start + size] for start in range(0, len(row), size))
+
+
+def _identity(
+    pipeline: LatentDiffusionPipeline, picture: Picture, record: Mapping[str, Any]
+) -> str:
+    """What decides how a picture looks but for rounding, as 32 hexadecimal digits."""
+    what = picture._replace(settings=pipeline.defaults | picture.settings, where="")
+    shared = [record[k] for k in ("inputs", "files", "components", "configurations", "dtype")]
+    text = json.dumps([what, *shared], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _own_record(

@@ -46,6 +46,7 @@ class Settings:
     guidance_scale: float
     width: int
     height: int
+    variance: Variance
     strength: float | None = None
     timesteps: Sequence[float] | None = None
     sigmas: Sequence[float] | None = None
@@ -53,7 +54,6 @@ class Settings:
     guidance_interval: tuple[float, float] | None = None
     dynamic_threshold: tuple[float, float] | None = None
     eta: float = 0.0
-    variance: Variance = "fixed_small"
     clip_skip: int | None = None
     long_prompts: LongPrompts = "truncate"
     prompt_weights: bool = True

@@ -17,6 +17,7 @@ import os
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Mapping
+from errno import EEXIST
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,7 +79,7 @@ _KEYS = {
 }
 # Settings of ours that the web UI has not; their keys are our names with a capital.
 _OURS = ("guidance_rescale", "guidance_interval", "dynamic_threshold", "long_prompts", "variance")
-_OURS += ("timesteps", "sigmas")
+_OURS += ("timesteps", "sigmas", "class_labels")
 _KEYS |= {name.capitalize().replace("_", " "): name for name in _OURS}
 # They change no pixel, or belong to what the user chooses here: the model and its adapters.
 _SILENT = {"Model", "Model hash", "VAE", "VAE hash", "Version", "User", "Batch size", "Batch pos"}
@@ -91,7 +92,7 @@ _RECORD_TYPES |= {"configurations": dict, "versions": dict, "device": str, "proc
 _RECORD_TYPES |= {"dtype": str}
 _PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>")
-_EXIF, _USER_COMMENT = 0x8769, 0x9286
+_EXIF, _USER_COMMENT, _UNIQUE_ID = 0x8769, 0x9286, 0xA420
 _JPEG_LIMIT = 65533  # bytes of a segment, its length apart
 
 
@@ -246,6 +247,8 @@ def save_picture(
     file: Path,
     parameters: str | None = None,
     record: Mapping[str, Any] | None = None,
+    *,
+    new: bool = False,
     **animation: Any,
 ) -> None:
     """Write a picture, and in it how it was made.
@@ -257,7 +260,8 @@ def save_picture(
         image: 8-bit RGB.
         file: its ending says the format: .png, .jpg or .webp.
         parameters: of `parameters_text`.
-        record: JSON of our own; only a PNG holds it.
+        record: JSON of our own; only a PNG holds all of it, the others its `identity`.
+        new: fail where the file is there already, instead of replacing it.
         animation: further options of Pillow's for several pictures in one WebP.
 
     Raises:
@@ -272,21 +276,47 @@ def save_picture(
             info.add_itxt(RECORD, json.dumps(record, ensure_ascii=False))
     elif parameters:
         exif = Image.Exif()
-        exif.get_ifd(_EXIF)[_USER_COMMENT] = b"UNICODE\0" + parameters.encode("utf-16-be")
+        tags = exif.get_ifd(_EXIF)
+        tags[_USER_COMMENT] = b"UNICODE\0" + parameters.encode("utf-16-be")
+        if record and "identity" in record:
+            tags[_UNIQUE_ID] = record["identity"]
         if file.suffix == ".jpg" and len(exif.tobytes()) > _JPEG_LIMIT:
             logger.warning("%s does not say how it was made: too long for a JPEG", file)
-        else:
-            options["exif"] = exif
+            del tags[_USER_COMMENT]
+        options["exif"] = exif
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.stem}.{os.getpid()}{file.suffix}")
     try:
         image.save(temporary, **options)
-        temporary.replace(file)
+        _link(temporary, file) if new else temporary.replace(file)
     except OSError as error:
         reason = f"cannot write {file} ({error.strerror or error})"
         raise DataError(f"{reason}; make room, or write elsewhere") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, file: Path) -> None:
+    """Give a file a name that nobody has taken."""
+    try:
+        os.link(temporary, file)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if file.exists():
+            raise FileExistsError(EEXIST, os.strerror(EEXIST)) from None
+        temporary.replace(file)
+
+
+def read_identity(file: Path) -> str | None:
+    """The `identity` of the record that a picture was saved with; None for any other file."""
+    try:
+        with Image.open(file) as image:  # reads no pixels: our chunk stands before them
+            if text := image.info.get(RECORD):
+                return json.loads(text).get("identity")
+            return image.getexif().get_ifd(_EXIF).get(_UNIQUE_ID)
+    except (OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError):
+        return None
 
 
 def read_parameters(file: Path) -> str | None:

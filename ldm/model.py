@@ -54,7 +54,7 @@ class Model:
         *,
         defaults: Mapping[str, Any] | None = None,
     ):
-        check_parts(unet, vae, text_encoder)
+        check_parts(unet, vae, text_encoder, schedule)
         self.unet, self.vae, self.text_encoder, self.schedule = unet, vae, text_encoder, schedule
         self.defaults = {"num_inference_steps": 50, "guidance_scale": 7.5} | dict(defaults or {})
         self._adapters = Adapters(unet, text_encoder)
@@ -316,18 +316,23 @@ def _check_place(*args: Any, **options: Any) -> None:
         raise ConfigError(f"cannot move the model there: {said}") from None
 
 
-def check_parts(unet: UNet, vae: AutoencoderKL, text_encoder: TextEncoder) -> None:
-    """Refuse a U-Net that fits neither the VAE's latents nor the text encoder's width.
+def check_parts(
+    unet: UNet, vae: AutoencoderKL, text_encoder: TextEncoder, schedule: NoiseSchedule
+) -> None:
+    """Refuse a U-Net that does not fit the VAE's latents, the text encoder's width or the schedule.
 
     Raises:
         ConfigError: they differ; the line says in what.
     """
     channels = vae.config.latent_channels
     inputs, outputs = unet.config.in_channels, unet.config.out_channels
-    if outputs != channels or inputs not in (channels, 2 * channels + 1):
+    variance = schedule.config.variance_type
+    means = outputs / (2 if variance == "learned_range" else 1)
+    if means != channels or inputs not in (channels, 2 * channels + 1):
         raise ConfigError(
             f"the U-Net takes {inputs} channels and gives {outputs}, but the VAE's latents have"
-            f" {channels}; ldm draws with {channels} in, or {2 * channels + 1} for inpainting"
+            f" {channels}; ldm draws with {channels} in, or {2 * channels + 1} for inpainting; and"
+            f" {channels} out, or {2 * channels} with variance_type learned_range, not {variance}"
         )
     if unet.config.cross_attention_dim != text_encoder.dim:
         raise ConfigError(

@@ -7,6 +7,7 @@ whatever is wrong with the options is said before a model is opened.
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 from argparse import Action, ArgumentTypeError, Namespace
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple, get_args
 
 from ldm.checkpoint.locate import downsample_factor, locate_model
 from ldm.cli import Parser
-from ldm.config import LongPrompts, Prediction, SamplerName, Spacing, check_size
+from ldm.config import LongPrompts, Prediction, SamplerName, Spacing, Variance, check_size
 from ldm.errors import ConfigError, suggest
 from ldm.metadata import read_settings
 from ldm.prompts import parse_weights
@@ -27,7 +28,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SETTINGS = ("height", "width", "num_inference_steps", "timesteps", "sigmas", "guidance_scale")
 SETTINGS += ("guidance_rescale", "guidance_interval", "dynamic_threshold", "variation_strength")
 SETTINGS += ("sampler", "timestep_spacing", "eta", "variance", "clip_skip", "long_prompts")
-SETTINGS += ("prompt_weights", "strength")
+SETTINGS += ("prompt_weights", "strength", "class_labels")
 
 
 class Picture(NamedTuple):
@@ -61,10 +62,12 @@ def add_options(parser: Parser, outdir: str) -> None:
     add("prompts", nargs="*", metavar="PROMPT", help="what to draw")
     add("--prompt", action="append", default=[], help="the same")
     add("--from-file", "--from_file", type=Path, help="a file with a prompt a line; a line may end"
-        " in --n NEGATIVE --w 512 --h 512 --d SEED --s STEPS --l SCALE --ss SAMPLER")  # fmt: skip
+        " in --n NEGATIVE --w 512 --h 512 --d SEED --s STEPS --l SCALE --ss SAMPLER; started again,"
+        " only the pictures that are missing are drawn")  # fmt: skip
     add("--settings_from", type=Path, metavar="PICTURE", help="settings of a picture by ldm or a"
         " web UI; the command line wins")  # fmt: skip
     add("--negative_prompt", default="", help="what guidance leads away from")
+    add("--class_labels", "--class_label", type=within(0), help="of a model that has classes")
     add("--num_images_per_prompt", "--n_samples", type=within(1), default=1,
         help="pictures of each prompt; 1 if not given")  # fmt: skip
     add("--n_iter", type=within(1), default=1, help="times --num_images_per_prompt")
@@ -106,8 +109,8 @@ def add_options(parser: Parser, outdir: str) -> None:
     )
     add(
         "--variance",
-        choices=["fixed_small", "fixed_large"],
-        help="of the noise that ddpm adds in a step: beta tilde or beta",
+        choices=get_args(Variance),
+        help=f"of the noise that ddpm adds in a step: beta tilde, beta, or as predicted; {own}",
     )
     add("--clip_skip", type=within(0), help="layers of the text encoder to leave out")
     add("--long_prompts", choices=get_args(LongPrompts), help="cut at 77 tokens, or encode all")
@@ -173,6 +176,8 @@ def read_options(parser: Parser, arguments: Sequence[str]) -> Namespace:
     for file in input_files(options):
         if not Path(file).exists():
             raise ConfigError(f"no file {file}; give one that is there")
+    if process()[1] > 1:
+        _check_shared(options)
     if options.seed == -1:
         options.seed = secrets.randbelow(2**31)
     if options.variation_strength and options.variation_seed is None:
@@ -180,6 +185,21 @@ def read_options(parser: Parser, arguments: Sequence[str]) -> Namespace:
     if options.variation_seed is not None and not options.variation_strength:
         raise ConfigError("variation_seed needs --variation_strength, from 0 to 1; give both")
     return options
+
+
+def process() -> tuple[int, int]:
+    """The rank of this process and their number, as `accelerate launch` and torchrun tell it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _check_shared(options: Namespace) -> None:
+    """Refuse what processes that do not speak to each other cannot share."""
+    strength, variation = options.variation_strength, options.variation_seed
+    if options.seed == -1 or (strength and variation is None):
+        raise ConfigError("several processes would each choose a random seed; give it")
+    for name in ("no_metadata", "skip_save", "step_strip", "denoising_strip"):
+        if getattr(options, name, None):
+            raise ConfigError(f"several processes cannot share {name}; leave it out, or start one")
 
 
 def plan(options: Namespace) -> list[Picture]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.config import LongPrompts, SamplerName, Spacing, Variance, check_size
-from ldm.diffusion.denoiser import Denoiser, Network
+from ldm.diffusion.denoiser import Denoiser, LearnedVariance, Network
 from ldm.diffusion.guidance import guided, masked, thresholded
 from ldm.diffusion.prediction import from_vp, to_vp
 from ldm.diffusion.samplers import StopSampling, get_sampler
@@ -72,9 +72,8 @@ class PipelineOutput(NamedTuple):
     def settings_of(self, index: int) -> dict[str, Any]:
         """Keyword arguments that draw the picture at `index` again, its seed among them."""
         own = {"seed": self.seeds[index]} if self.seeds else {}
-        if variations := self.settings.get("variation_seed"):
-            own["variation_seed"] = variations[index]
-        return self.settings | own
+        each = {name: self.settings.get(name) for name in ("variation_seed", "class_labels")}
+        return self.settings | own | {name: all_[index] for name, all_ in each.items() if all_}
 
 
 @dataclass(frozen=True)
@@ -90,15 +89,16 @@ class _Run:
 class _Batch:
     """Pictures that are drawn together: noise, context, and what is known of them.
 
-    `negative` is None without guidance, the last three where no image and no mask is given:
-    `known` are the image's latents, `mask` says which of them are painted anew, `extra` is what
-    an inpainting model sees beside the noisy latents.
+    `negative` is None without guidance, `labels` without classes, the last three where no image
+    and no mask is given: `known` are the image's latents, `mask` says which of them are painted
+    anew, `extra` is what an inpainting model sees beside the noisy latents.
     """
 
     noise: Tensor  # b l h w
     generators: Sequence[torch.Generator]
     context: Tensor  # b n d
     negative: Tensor | None  # b n d
+    labels: Tensor | None  # b
     known: Tensor | None  # b l h w
     mask: Tensor | None  # b 1 h w
     extra: Tensor | None  # b 1+l h w
@@ -120,6 +120,7 @@ class LatentDiffusionPipeline(Model):
         prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = None,
+        class_labels: int | Sequence[int] | None = None,
         image: ImageInput | None = None,
         mask_image: ImageInput | None = None,
         strength: float | None = None,
@@ -143,7 +144,7 @@ class LatentDiffusionPipeline(Model):
         sampler: SamplerName = "ddim",
         timestep_spacing: Spacing | None = None,
         eta: float = 0.0,
-        variance: Variance = "fixed_small",
+        variance: Variance | None = None,
         clip_skip: int | None = None,
         long_prompts: LongPrompts = "truncate",
         prompt_weights: bool = True,
@@ -156,6 +157,8 @@ class LatentDiffusionPipeline(Model):
         Args:
             prompt: one prompt, or a list.
             negative_prompt: what guidance leads away from; one for all, or one a prompt.
+            class_labels: of a model that has classes, one for all, or one a prompt; guidance leads
+                away from no class, which is also what is drawn when not given.
             image: what to start from: one for all, one a prompt or one a picture, in any of the
                 forms of `ldm.inputs.ImageInput`.
             mask_image: where `image` is painted anew: white is painted, black is kept.
@@ -187,7 +190,8 @@ class LatentDiffusionPipeline(Model):
             sampler: see `ldm.diffusion.samplers`.
             timestep_spacing: which noise levels are visited; the model's own when not given.
             eta: of DDIM, in [0, 1].
-            variance: of DDPM's steps: beta tilde (`fixed_small`) or beta (`fixed_large`).
+            variance: of DDPM's steps: beta tilde (`fixed_small`), beta (`fixed_large`), or what the
+                model predicts (`learned_range`); the model's own when not given.
             clip_skip: layers of the text encoder left out at its end.
             long_prompts: `truncate` drops what lies beyond the text encoder's limit, and logs it;
                 `chunk` encodes a long prompt in pieces.
@@ -210,6 +214,9 @@ class LatentDiffusionPipeline(Model):
                 raise ConfigError(f"{name} is {number}; it must be 1 or more")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ConfigError(f"output_type is '{output_type}'; choose pil, np, pt or latent")
+        own = self.schedule.config.variance_type
+        if variance == "learned_range" and variance != own:
+            raise ConfigError(f"variance is {variance}, which this model lacks; leave it out")
         height, width, strength = self._size(image, mask_image, height, width, strength)
         given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         settings = Settings(
@@ -225,7 +232,7 @@ class LatentDiffusionPipeline(Model):
             guidance_interval=guidance_interval,
             dynamic_threshold=dynamic_threshold,
             eta=eta,
-            variance=variance,
+            variance=variance or own,
             clip_skip=clip_skip,
             long_prompts=long_prompts,
             prompt_weights=prompt_weights,
@@ -242,6 +249,7 @@ class LatentDiffusionPipeline(Model):
             variation_seed=variation_seed,
             variation_strength=variation_strength,
         )
+        labels = self._labels(class_labels, len(contexts))
         known, mask, extra = self._known(image, mask_image, settings, len(contexts))
 
         self._interrupt = False
@@ -253,7 +261,7 @@ class LatentDiffusionPipeline(Model):
                 begun.generators[part],
                 self._stack([context for context, _ in contexts[part]]),
                 self._stack(negatives) if negatives else None,
-                *(None if x is None else x[part] for x in (known, mask, extra)),
+                *(None if x is None else x[part] for x in (labels, known, mask, extra)),
             )
             chunks.append(self.decode(self._denoise(batch, run), output_type))
             size = part.stop - part.start
@@ -265,6 +273,8 @@ class LatentDiffusionPipeline(Model):
         if variation_strength:
             made["variation_strength"] = variation_strength
             made["variation_seed"] = begun.variation_seeds[: len(images)]
+        if labels is not None:
+            made["class_labels"] = labels[: len(images)].tolist()
         return PipelineOutput(images, begun.seeds[: len(images)], made, batches)
 
     def _size(
@@ -378,6 +388,17 @@ class LatentDiffusionPipeline(Model):
             )
         return list(embeds)
 
+    def _labels(self, given: int | Sequence[int] | None, count: int) -> Tensor | None:
+        """The class of each picture: b."""
+        if given is None:
+            return None
+        classes = (self.unet.config.num_class_embeds or 1) - 1  # the last row is none
+        labels = torch.as_tensor(given).flatten()
+        if labels.dtype != torch.int64 or not ((labels >= 0) & (labels < classes)).all():
+            has = f"classes 0 to {classes - 1}" if classes else "no classes"
+            raise ConfigError(f"class_labels is {given}; this model has {has}")
+        return per_picture("class_label", labels, count)
+
     def _known(
         self,
         image: ImageInput | None,
@@ -423,8 +444,13 @@ class LatentDiffusionPipeline(Model):
         settings, sigmas = run.settings, run.sigmas
         spec, high, reached = get_sampler(settings.sampler), sigmas[0].item(), sigmas[-1].item()
         known, mask = (None if x is None else x.to(self.device) for x in (batch.known, batch.mask))
+        network, options = self._network(batch), settings.sampler_options
+        if self.schedule.config.variance_type == "learned_range":
+            network = LearnedVariance(network)
+            if "predicted_variance" in spec.options:
+                options["predicted_variance"] = network.predicted_variance
         denoise = guided(
-            Denoiser(self._network(batch.extra), self.schedule, dtype=self.dtype),
+            Denoiser(network, self.schedule, dtype=self.dtype),
             batch.context,
             batch.negative,
             settings.guidance_scale,
@@ -464,22 +490,30 @@ class LatentDiffusionPipeline(Model):
             return x
 
         with bar, self._at_work(self.unet):
-            options = settings.sampler_options
             x = spec.sample(denoise, x, sigmas, noise=fresh_noise, callback=callback, **options)
         x = to_vp(x, reached)
         if known is not None and mask is not None and not self._interrupt:
             x = torch.where(mask > 0, x, known)  # a last sigma above 0 leaves some noise there
         return x
 
-    def _network(self, extra: Tensor | None) -> Network:
-        """The U-Net; that of an inpainting model is shown the mask and what it leaves as well."""
-        if extra is None:
+    def _network(self, batch: _Batch) -> Network:
+        """The U-Net, told the classes and, for inpainting, shown the mask and what it leaves.
+
+        Guidance doubles the batch, and its first half has no class.
+        """
+        if batch.labels is None and batch.extra is None:
             return self.unet
-        shown = extra.to(self.device, self.dtype)  # b 1+l h w
+        labels, shown, classes = None, None, self.unet.config.num_class_embeds
+        if batch.labels is not None and classes is not None:
+            null = torch.full_like(batch.labels, classes - 1)
+            labels = torch.cat([null, batch.labels]).to(self.device)  # 2b
+        if batch.extra is not None:
+            shown = batch.extra.to(self.device, self.dtype).repeat(2, 1, 1, 1)  # 2b 1+l h w
 
         def network(x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-            copies = len(x_t) // len(shown)  # guidance doubles the batch
-            return self.unet(torch.cat([x_t, shown.repeat(copies, 1, 1, 1)], 1), t, context)
+            b = len(x_t)
+            x_t = x_t if shown is None else torch.cat([x_t, shown[-b:]], 1)
+            return self.unet(x_t, t, context, None if labels is None else labels[-b:])
 
         return network
 

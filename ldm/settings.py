@@ -100,6 +100,7 @@ READERS: dict[str, Callable[[str], Any]] = {
     "variation_seed": within(0, MAX_SEED),
     "variation_strength": _share,
     "eta": _share,
+    "class_labels": within(0),
     "variance": _one_of("variance", Variance),
     "clip_skip": within(0),
     "long_prompts": _one_of("way with long prompts", LongPrompts),

@@ -14,20 +14,25 @@ import _ours  # noqa: F401
 
 from ldm.cli import parse_config, run
 from ldm.errors import ConfigError, suggest
-from ldm.training.config import STAGES
+from ldm.training.config import STAGES, TrainingConfig
 from ldm.training.data import open_data
 
 RECIPES = Path(__file__).parents[1] / "configs" / "flowers"
 
 
-def main(arguments: Sequence[str]) -> None:
+def read_options(arguments: Sequence[str], script: str) -> tuple[str, TrainingConfig]:
+    """The stage and its options; `script` is the command, for the help."""
     stage, rest = "unet", list(arguments)
     if rest and not rest[0].startswith("-"):
         stage = rest.pop(0)
     if stage not in STAGES:
         raise ConfigError(f"no stage '{stage}'; {suggest(stage, STAGES)}")
-    prog = f"train.py {stage}"
-    config = parse_config(STAGES[stage], rest, prog, RECIPES / f"{stage}.yaml")
+    prog = f"{script} {stage}"
+    return stage, parse_config(STAGES[stage], rest, prog, RECIPES / f"{stage}.yaml")
+
+
+def main(arguments: Sequence[str]) -> None:
+    stage, config = read_options(arguments, "train.py")
     sources = open_data(config)
 
     from ldm.training.loop import train

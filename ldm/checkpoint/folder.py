@@ -38,7 +38,7 @@ from ldm.checkpoint.io import (
 )
 from ldm.checkpoint.locate import MAX_LEVELS
 from ldm.checkpoint.names import UNET_PREFIX, below, unet_to_ours, unet_to_theirs
-from ldm.config import TIMESTEP_SPACINGS, AutoencoderConfig, ScheduleConfig, UNetConfig
+from ldm.config import TIMESTEP_SPACINGS, AutoencoderConfig, ScheduleConfig, UNetConfig, Variance
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import CheckpointError, ConfigError
 from ldm.models.autoencoder import AutoencoderKL
@@ -77,7 +77,6 @@ UNET_FIXED = {
     "mid_block_only_cross_attention": None,
     "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "num_class_embeds": None,
     "only_cross_attention": False,
     "resnet_out_scale_factor": 1.0,
     "resnet_skip_time_act": False,
@@ -208,7 +207,7 @@ def save_folder(parts: ModelParts, folder: Path) -> None:
     if extras := {k: v for k, v in parts.left_over.items() if not k.startswith(UNET_PREFIX)}:
         with atomic_file(folder / EXTRAS) as file:
             write_tensors(file, extras)
-    save_index(folder, parts.defaults)
+    save_index(folder, parts.defaults, _scheduler(parts.schedule))
 
 
 def save_unet(unet: UNet, folder: Path, *, variant: str | None = None) -> None:
@@ -283,7 +282,7 @@ def load_vae(
 
 
 def save_schedule(schedule: NoiseSchedule, folder: Path) -> None:
-    """Write `scheduler_config.json` for diffusers' DDIMScheduler.
+    """Write `scheduler_config.json` for diffusers' DDIMScheduler, or DDPMScheduler (`_scheduler`).
 
     diffusers has no schedule by signal rates, so that one travels as a table of betas; our own
     names for it stand beside the table under `_ldm`.
@@ -299,7 +298,9 @@ def save_schedule(schedule: NoiseSchedule, folder: Path) -> None:
     if config["timestep_spacing"] not in TIMESTEP_SPACINGS:  # DDIM there cannot choose sigmas
         ours["timestep_spacing"] = config["timestep_spacing"]
         config["timestep_spacing"] = "leading"
-    config |= {"_class_name": "DDIMScheduler", "_diffusers_version": DIFFUSERS_VERSION}
+    if config["variance_type"] != "learned_range":  # an option that DDIM there does not have
+        ours["variance_type"] = config.pop("variance_type")
+    config |= {"_class_name": _scheduler(schedule), "_diffusers_version": DIFFUSERS_VERSION}
     config["_ldm"] = ours
     write_json(folder / "scheduler_config.json", config)
 
@@ -319,6 +320,8 @@ def load_schedule(folder: Path) -> NoiseSchedule:
         for spacing in ("karras", "exponential", "beta"):
             if stored.get(f"use_{spacing}_sigmas"):
                 ours["timestep_spacing"] = spacing
+        if stored.get("variance_type") not in get_args(Variance):  # some of DDPM's are not ours
+            stored["variance_type"] = None
     if not isinstance(ours, dict):
         raise CheckpointError(f"{folder / 'scheduler_config.json'} is damaged (_ldm is no object)")
     config = read_config(ScheduleConfig, stored | ours, folder)
@@ -326,6 +329,12 @@ def load_schedule(folder: Path) -> NoiseSchedule:
         return NoiseSchedule(config)
     except ConfigError as error:
         raise CheckpointError(f"{folder}: {error}") from None
+
+
+def _scheduler(schedule: NoiseSchedule) -> str:
+    """The scheduler of diffusers that draws with such a model; one alone learns variances."""
+    learned = schedule.config.variance_type == "learned_range"
+    return "DDPMScheduler" if learned else "DDIMScheduler"
 
 
 def _diffusers_defaults(scheduler: str) -> dict[str, Any]:
@@ -340,12 +349,15 @@ def _diffusers_defaults(scheduler: str) -> dict[str, Any]:
     }
 
 
-def save_index(folder: Path, defaults: Mapping[str, Any] | None = None) -> None:
+def save_index(
+    folder: Path, defaults: Mapping[str, Any] | None = None, scheduler: str = "DDIMScheduler"
+) -> None:
     """Write `model_index.json`: which library and class reads each component.
 
     Args:
         folder: the model folder.
         defaults: settings that suit this model, such as its guidance scale; only ldm reads them.
+        scheduler: its class in diffusers.
     """
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionPipeline",
@@ -355,7 +367,7 @@ def save_index(folder: Path, defaults: Mapping[str, Any] | None = None) -> None:
         "image_encoder": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", scheduler],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],

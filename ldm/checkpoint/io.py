@@ -366,6 +366,11 @@ def recover(parent: Path, name: str | None = None) -> None:
             path.unlink()
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a folder; a kill leaves it whole, or for `recover` to clear."""
+    shutil.rmtree(folder.rename(_temporary(folder)))
+
+
 # as `_temporary` makes them
 LEFT_BEHIND = re.compile(
     r"\.(?P<name>.+)\.(?P<writer>[0-9]{1,9})-[0-9a-f]{8}\.(?P<kind>tmp|old)", re.DOTALL

@@ -507,12 +507,12 @@ class Flowers:
         if length < 1 or size < 1:
             raise ConfigError(f"flowers: length {length} and size {size} must be positive")
         scene(0, split)
-        self.length, self.size, self.split = length, size, split
+        self.length, self.side, self.split = length, size, split
 
     @property
     def fingerprint(self) -> str:
         """A hash that names the data."""
-        name = f"flowers/1/{self.split}/{self.length}/{self.size}"
+        name = f"flowers/1/{self.split}/{self.length}/{self.side}"
         return hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
@@ -526,4 +526,15 @@ class Flowers:
         if not 0 <= index < self.length:
             raise IndexError(f"flowers: index {index} of {self.length}")
         what = scene(index, self.split)
-        return Sample(render(what, self.size), what.caption, self.key(index))
+        return Sample(render(what, self.side), what.caption, self.key(index))
+
+    def caption(self, index: int) -> str:
+        """What is said of the sample."""
+        return scene(index, self.split).caption
+
+    def label(self, index: int) -> None:
+        """There are no classes."""
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.side, self.side

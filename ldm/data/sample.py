@@ -16,11 +16,13 @@ class Sample:
         image: the picture in the mode it is stored in; `ldm.data.transforms.to_rgb` makes it RGB.
         caption: what is said of it.
         key: its name in the data set; unique.
+        label: its class, a number from 0, where the data set is read with classes.
     """
 
     image: Image.Image
     caption: str
     key: str
+    label: int | None = None
 
 
 class DataSource(Protocol):
@@ -37,4 +39,16 @@ class DataSource(Protocol):
 
     def key(self, index: int) -> str:
         """The sample's name, without reading its picture."""
+        ...
+
+    def caption(self, index: int) -> str:
+        """What is said of the sample, without reading its picture."""
+        ...
+
+    def label(self, index: int) -> int | None:
+        """The sample's class, without reading its picture."""
+        ...
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height in pixels of the upright picture, without decoding it."""
         ...

@@ -19,7 +19,7 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 def prepare(
     image: Image.Image,
-    resolution: int,
+    size: int | tuple[int, int],
     *,
     center_crop: bool = True,
     random_flip: bool = False,
@@ -27,11 +27,11 @@ def prepare(
     interpolation: Interpolation = "lanczos",
     key: str = "",
 ) -> torch.Tensor:
-    """Scale the shorter side to `resolution`, crop a square, perhaps mirror it.
+    """Scale until the size is just covered, crop what stands out, perhaps mirror it.
 
     Args:
         image: any picture; a smaller one is enlarged.
-        resolution: side of the square, in pixels.
+        size: height and width, or the side of a square, in pixels.
         center_crop: cut out the middle; otherwise a place that `draws` chooses.
         random_flip: mirror left and right, half of the times, by `draws`.
         draws: the sample's own random numbers. Always three are taken, whatever is asked for.
@@ -39,7 +39,7 @@ def prepare(
         key: the sample's name, for error messages.
 
     Returns:
-        float32 in [-1, 1], of shape (3, resolution, resolution).
+        float32 in [-1, 1], of shape (3, height, width).
 
     Raises:
         ConfigError: the filter does not exist, or something random is asked for without draws.
@@ -57,17 +57,22 @@ def prepare(
         image = to_rgb(image)
     except DataError as error:
         raise DataError(f"{key}: {error}" if key else str(error)) from error
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    height, width = (size, size) if isinstance(size, int) else size
+    scale = max(width / image.width, height / image.height)
+    scaled = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     across, down, mirror = (0.5, 0.5, 1.0) if draws is None else draws.uniform(3).tolist()
     if center_crop:
-        left, top = (width - resolution) // 2, (height - resolution) // 2
+        left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
     else:
-        left = int(across * (width - resolution + 1))
-        top = int(down * (height - resolution + 1))
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling[name])
-    image = image.crop((left, top, left + resolution, top + resolution))
+        left, top = int(across * (scaled[0] - width + 1)), int(down * (scaled[1] - height + 1))
+    if image.size != scaled:
+        image = image.resize(scaled, Image.Resampling[name])
+    image = image.crop((left, top, left + width, top + height))
     if random_flip and mirror < 0.5:
         image = ImageOps.mirror(image)
     return from_pil(image)
+
+
+def is_mirrored(draws: Draws) -> bool:
+    """Whether `prepare`, given the same draws, would mirror the picture."""
+    return bool(draws.uniform(3)[2] < 0.5)

@@ -22,6 +22,24 @@ DenoiseFn = Callable[[Tensor, Tensor], Tensor]
 """(x: b c h w in sigma space, sigma: b) -> x0: b c h w."""
 
 
+class LearnedVariance:
+    """A network that predicts its steps' variance as well, made one that returns the mean alone.
+
+    Source: Nichol & Dhariwal 2021, section 3.1.
+    """
+
+    def __init__(self, network: Network):
+        self.network = network
+
+    def __call__(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        mean, self._variance = self.network(x_t, t, context).chunk(2, dim=1)  # b c h w
+        return mean
+
+    def predicted_variance(self) -> Tensor:
+        """What the last call has predicted of the variance, b c h w."""
+        return self._variance
+
+
 class Denoiser:
     """D(x; sigma): the network's estimate of x0 from x = x0 + sigma noise.
 

@@ -10,6 +10,7 @@ Legend: b batch, c channels, h w height and width of the latents.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import sqrt
 from typing import get_args
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ldm.config import Variance
 from ldm.diffusion.denoiser import DenoiseFn
+from ldm.diffusion.prediction import interpolated_variance
 from ldm.diffusion.sampling_loop import NoiseFn, Step, batch_of, sampler
 from ldm.errors import ConfigError, suggest
 
@@ -138,6 +140,7 @@ def sample_ddpm(
     sigmas: Tensor,
     noise: NoiseFn,
     variance: Variance = "fixed_small",
+    predicted_variance: Callable[[], Tensor] | None = None,
 ) -> Step:
     """Ancestral sampling from the posterior q(x_next | x, x0), on the whole chain or a strided one.
 
@@ -145,27 +148,35 @@ def sample_ddpm(
 
     Args:
         noise: fresh unit noise; not drawn for a step to sigma 0. Other arguments as Euler's.
-        variance: the posterior's own (beta tilde, `fixed_small`), or beta (`fixed_large`).
+        variance: the posterior's own (beta tilde, `fixed_small`), beta (`fixed_large`), or between
+            them what the network says (`learned_range`).
+        predicted_variance: gives what that is in the last call, b c h w; of a call with more
+            samples than x, as for guidance, the last ones count.
 
     Raises:
         ConfigError: `noise` is missing, or there is no such variance.
 
-    Source: Ho et al. 2020, algorithm 2 and eq. 6 and 7, divided by sqrt(abar_{t-1}).
+    Source: Ho et al. 2020, algorithm 2 and eq. 6 and 7, divided by sqrt(abar_{t-1}); Nichol &
+    Dhariwal 2021, eq. 15.
     """
     if variance not in get_args(Variance):
         hint = suggest(variance, get_args(Variance))
         raise ConfigError(f"sampling: there is no DDPM variance '{variance}'; {hint}")
+    if variance == "learned_range" and predicted_variance is None:
+        raise ConfigError("sampling: this network predicts no variance; use fixed_small")
 
     def step(x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
         ratio = (sigma_next / sigma) ** 2
         mean = x0 + ratio * (x - x0)
         if sigma_next == 0:
             return mean
-        if variance == "fixed_small":
-            var = ratio * (sigma**2 - sigma_next**2)
-        else:  # 1 - abar_t / abar_{t-1}, at the scale of x_{t-1}; abar = 1 / (1 + sigma^2)
-            var = (1 + sigma_next**2) * (sigma**2 - sigma_next**2) / (1 + sigma**2)
-        return mean + sqrt(var) * noise()
+        small = ratio * (sigma**2 - sigma_next**2)
+        # 1 - abar_t / abar_{t-1}, at the scale of x_{t-1}; abar = 1 / (1 + sigma^2)
+        large = (1 + sigma_next**2) * (sigma**2 - sigma_next**2) / (1 + sigma**2)
+        if predicted_variance is not None and variance == "learned_range":
+            output = predicted_variance()[-len(x) :].to(x)
+            return mean + interpolated_variance(output, small, large).sqrt() * noise()
+        return mean + sqrt(small if variance == "fixed_small" else large) * noise()
 
     return step
 

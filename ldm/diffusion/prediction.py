@@ -1,4 +1,4 @@
-"""What a network may predict (epsilon, v or x0), and how each turns into the others.
+"""What a network may predict: epsilon, v or x0, how each turns into the others; and variance.
 
 At the VP scale x_t = alpha x0 + sigma_rate epsilon, with alpha = sqrt(abar) and
 sigma_rate = sqrt(1 - abar), so that alpha^2 + sigma_rate^2 = 1; and
@@ -81,6 +81,19 @@ def training_target(
         case "sample":
             return x0
     raise _unknown(prediction)
+
+
+def interpolated_variance(output: Tensor, small: Tensor | float, large: Tensor | float) -> Tensor:
+    """The variance of a step, of a network that predicts it: `small` at -1, `large` at 1.
+
+    Args:
+        output: the second half of what the network returned, b c h w.
+        small: beta tilde, b 1 1 1.
+        large: beta, likewise; on the way the variance's logarithm is linear in the output.
+
+    Source: Nichol & Dhariwal 2021, eq. 15, whose v is (output + 1) / 2 in its authors' code.
+    """
+    return small * (large / small) ** ((output + 1) / 2)
 
 
 def to_vp(x: Tensor, sigma: float) -> Tensor:

@@ -106,7 +106,7 @@ class SamplerSpec:
 _k_diffusion = partial(SamplerSpec, whole_timesteps=False, unit_start=False)
 
 SAMPLERS: dict[str, SamplerSpec] = {
-    "ddpm": SamplerSpec(sample_ddpm, needs_noise=True, options=("variance",)),
+    "ddpm": SamplerSpec(sample_ddpm, needs_noise=True, options=("variance", "predicted_variance")),
     "ddim": SamplerSpec(sample_ddim, options=("eta",), final="schedule"),
     "plms": SamplerSpec(sample_plms, final="schedule"),
     "euler": _k_diffusion(sample_euler),

@@ -66,6 +66,25 @@ class NoiseSchedule:
         alphas_cumprod = self.alphas_cumprod[t.cpu()]
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
+    def posterior(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The step back q(x_{t-1} | x_t, x0) from integer timesteps `t`: b, at the VP scale.
+
+        Returns:
+            How much x0 weighs in its mean; its variance, beta tilde, the smallest that a step of
+            the model can have; and beta, the largest: b each. At t 0, where beta tilde is 0, it is
+            that of t 1.
+
+        Source: Ho et al. 2020, eq. 7; Nichol & Dhariwal 2021, section 3.1.
+        """
+        after = self.alphas_cumprod
+        before = torch.cat([after.new_ones(1), after[:-1]])  # T
+        beta = 1 - after / before
+        small = beta * (1 - before) / (1 - after)
+        small[0] = small[1]
+        weight = before.sqrt() * beta / (1 - after)
+        t = t.cpu()
+        return weight[t], small[t], beta[t]
+
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Draw x_t from q(x_t | x0), at the VP scale.
 

@@ -50,6 +50,8 @@ class UNet(Recomputing):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepMLP(widths[0], 4 * widths[0])
+        classes = config.num_class_embeds
+        self.class_embedding = nn.Embedding(classes, 4 * widths[0]) if classes else None
         self.down_blocks = nn.ModuleList(
             DownLevel(config, level, widths[max(level - 1, 0)], down=level < last)
             for level in range(len(widths))
@@ -79,19 +81,25 @@ class UNet(Recomputing):
             elif isinstance(module, SpatialTransformer):
                 zero_(module.proj_out)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor, class_labels: Tensor | None = None
+    ) -> Tensor:
         """What the network predicts of noisy latents.
 
         Args:
             x: scaled noisy latents `b c h w`, of any height and width.
             t: timesteps in [0, T), integers or floats: `b`, or one without a dimension for all.
             context: text embeddings `b n d`.
+            class_labels: rows of the table of classes `b`, integers; the last, no class, for None.
 
         Returns:
             `b out_channels h w`: epsilon, v or x0, as the model was trained.
         """
         emb = timestep_embedding(t.to(x.device).expand(len(x)), self.conv_in.out_channels)  # b c
         emb = self.time_embedding(emb.to(x.dtype))  # b e
+        if self.class_embedding is not None:
+            table, labels = self.class_embedding, class_labels
+            emb = emb + (table.weight[-1] if labels is None else table(labels.to(x.device)))
         x = self.conv_in(x)  # b c h w
         skips = [x]
         for level in self.down_blocks:

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from ldm.checkpoint.folder import save_text_encoder
 from ldm.checkpoint.tokenizer import clip_tokenizer
 from ldm.config import ClipConfig, TowerConfig
+from ldm.data.order import Place
 from ldm.data.sample import DataSource
 from ldm.models.text_encoder import TextEncoder, TransformersTower
 from ldm.training.config import ClipTraining
@@ -43,10 +44,9 @@ class ClipData(Dataset[Batch]):
     config: ClipTraining
     validation: bool
 
-    def __getitem__(self, place: tuple[int, int]) -> Batch:
-        index, visit = place
+    def __getitem__(self, place: Place) -> Batch:
         augment = not self.validation
-        pixels, caption = load_sample(self.source, index, visit, self.config, augment=augment)
+        pixels, caption = load_sample(self.source, place, self.config, augment=augment)
         return {"pixels": pixels, "caption": caption}
 
 
@@ -126,7 +126,7 @@ class ClipStage(Stage):
         ).input_ids.to(pixels.device)  # b n
         output = clip(input_ids=tokens, pixel_values=pixels)
         scale = self.clip.logit_scale.exp()
-        return output.image_embeds.float(), output.text_embeds.float(), scale
+        return output.image_embeds.to(pixels.dtype), output.text_embeds.to(pixels.dtype), scale
 
 
 def build_clip(config: ClipConfig) -> CLIPModel:

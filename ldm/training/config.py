@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ldm.config import AutoencoderConfig, ClipConfig, ScheduleConfig, UNetConfig
+from ldm.config import AutoencoderConfig, ClipConfig, Prediction, ScheduleConfig, UNetConfig
 from ldm.errors import ConfigError
 
 
@@ -22,14 +22,29 @@ class TrainingConfig:
 
     Attributes:
         output_dir: where checkpoints, logs and the finished model go.
-        train_data_dir: a folder of pictures or of tars, a WebDataset tar, a glob or brace pattern
-            of tars, or `flowers` (procedural).
-        caption_column: the caption's name in metadata.jsonl, and in the .json of a shard.
+        train_data_dir: a folder of pictures, of tars or of parquet files, a WebDataset tar, a glob
+            or brace pattern of tars or their addresses, or `flowers` (procedural).
+        dataset_name: a data set of the Hugging Face hub instead, or a folder of such a layout.
+        dataset_config_name: its configuration, where it has several.
+        image_column: the picture's column in parquet files and data sets of the hub.
+        caption_column: the caption's name in such columns, in metadata.jsonl, and in the .json of a
+            shard.
         caption_extension: of the caption files that lie beside pictures.
         validation_split: share of the data that is kept back for the validation loss, where it
             has no folders `train` and `validation` of its own; 0 validates on training samples.
         max_train_samples: use only so many samples; all when not given.
-        resolution: side of the training pictures, in pixels.
+        on_bad_sample: a picture or caption that cannot be read is named, and ends the run (`stop`),
+            or another sample takes its place (`skip`).
+        shard_cache_gb: shards that are streamed from elsewhere are kept on this machine's disk up
+            to so many gigabytes a process.
+        resolution: side of the training pictures, in pixels; of a square of the same area with
+            `enable_bucket`.
+        enable_bucket: keep each picture's shape as nearly as sides in steps of `bucket_reso_steps`
+            allow; a batch has pictures of one shape.
+        min_bucket_reso: least side of a bucket.
+        max_bucket_reso: greatest side of a bucket.
+        bucket_reso_steps: what sides of buckets are multiples of.
+        bucket_no_upscale: a small picture goes into a smaller bucket instead of being enlarged.
         center_crop: crop the centre of a picture; a random part when off.
         random_flip: mirror every second picture.
         image_interpolation_mode: how pictures are resized.
@@ -49,7 +64,10 @@ class TrainingConfig:
         adam_epsilon: of AdamW.
         max_grad_norm: gradients are clipped to this norm.
         mixed_precision: what the forward pass computes in; weights are always float32.
+        on_non_finite: a step with an infinite or undefined loss or gradient never changes the
+            weights: it is left out and counted (`skip`; ten in a row end the run), or ends the run.
         gradient_checkpointing: recompute activations instead of keeping them.
+        torch_compile: compile the trained networks; the first step takes minutes.
         use_ema: save an exponential moving average of the weights as the model.
         ema_decay: of that average, after its own warm-up.
         dataloader_num_workers: processes that read and prepare pictures.
@@ -64,11 +82,21 @@ class TrainingConfig:
 
     output_dir: Path = Path("outputs/model")
     train_data_dir: str = "flowers"
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    image_column: str = "image"
     caption_column: str = "text"
     caption_extension: str = ".txt"
     validation_split: float = 0.05
     max_train_samples: int | None = None
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    shard_cache_gb: float = 50.0
     resolution: int = 64
+    enable_bucket: bool = False
+    min_bucket_reso: int = 256
+    max_bucket_reso: int = 1024
+    bucket_reso_steps: int = 64
+    bucket_no_upscale: bool = False
     center_crop: bool = True
     random_flip: bool = False
     image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "lanczos"
@@ -86,7 +114,9 @@ class TrainingConfig:
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    on_non_finite: Literal["skip", "stop"] = "skip"
     gradient_checkpointing: bool = False
+    torch_compile: bool = False
     use_ema: bool = True
     ema_decay: float = 0.999
     dataloader_num_workers: int = 0
@@ -102,7 +132,8 @@ class TrainingConfig:
         positive = (
             "resolution", "train_batch_size", "gradient_accumulation_steps", "max_train_steps",
             "learning_rate", "max_grad_norm", "checkpointing_steps", "validation_steps",
-            "validation_samples", "logging_steps",
+            "validation_samples", "logging_steps", "shard_cache_gb", "min_bucket_reso",
+            "max_bucket_reso", "bucket_reso_steps",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
@@ -192,6 +223,8 @@ class ClipTraining(TrainingConfig):
         super().__post_init__()
         if self.text_encoder_lr is not None and self.text_encoder_lr < 0:
             raise ConfigError(f"text_encoder_lr is {self.text_encoder_lr}; it must be 0 or more")
+        if self.enable_bucket:
+            raise ConfigError("the towers of CLIP see squares of one size; turn enable_bucket off")
         if self.resolution != self.clip.image_size:
             raise ConfigError(
                 f"resolution {self.resolution} and clip.image_size {self.clip.image_size} differ;"
@@ -206,7 +239,7 @@ class ClipTraining(TrainingConfig):
 
 @dataclass(frozen=True)
 class UNetTraining(TrainingConfig):
-    """Options of the `unet` stage: the epsilon objective with frozen VAE and text encoder.
+    """Options of the `unet` stage: the diffusion objective with frozen VAE and text encoder.
 
     Attributes:
         pretrained_model_name_or_path: the model whose VAE and text encoder are used, and whose
@@ -215,10 +248,32 @@ class UNetTraining(TrainingConfig):
         pretrained_text_encoder_name_or_path: take the text encoder from here instead.
         unet: a U-Net to train from scratch.
         schedule: the noise schedule of a U-Net trained from scratch.
-        proportion_empty_prompts: captions dropped to "", so that guidance has its other half.
+        prediction_type: what the U-Net learns to predict, instead of what its schedule says.
+        rescale_betas_zero_snr: let the schedule end at pure noise, and draw from there with
+            `trailing` spacing (Lin et al. 2024); not with epsilon, of which pure noise tells all.
+        proportion_empty_prompts: captions dropped to "", so that guidance has its other half; 1
+            leaves a U-Net that has classes nothing but them.
+        loss_type: the distance that is descended: `l2` (the paper's), `l1`, or `huber`.
+        huber_c: where the Huber loss turns from the parabola of `l2` into a line.
         snr_gamma: weigh the loss by min-SNR-gamma (Hang et al. 2023); 5 is the paper's choice.
-        cache_latents: encode every picture and caption once, into memory, before the first step.
+        noise_offset: adds noise of this strength that is the same all over a channel, so that the
+            model learns very dark and very bright pictures; 0.1 is usual.
+        input_perturbation: adds noise of this strength to the noise that is seen, not to the one
+            that is predicted (Ning et al. 2023); 0.1 is the paper's choice.
+        stratified_timesteps: spread the timesteps of a batch evenly over the schedule.
+        vlb_weight: of the variational bound, where the U-Net predicts its variance too, having
+            twice as many channels out as in (Nichol and Dhariwal 2021); 0.001 is the paper's.
+        class_column: where the sample's class comes from, if the U-Net has `num_class_embeds`:
+            a column of whole numbers, or `folder`.
+        class_dropout_prob: classes dropped likewise, together with the captions.
+        cache_latents: encode every picture and caption once, onto disk, before the first step.
+        latent_cache_dir: where that cache lies, for several runs to share; in the output folder
+            when not given.
+        fsdp: share out weights, gradients and optimizer over the processes (FSDP2), for a U-Net
+            that does not fit one device.
         validation_prompts: what the sample grids draw; captions of the data when not given.
+        validation_class_labels: their classes, one for all or one a prompt; without prompts of
+            your own, the data's.
         num_validation_images: pictures a prompt in the sample grids.
         guidance_scale: of the sample grids, and the finished model's own default.
         num_inference_steps: of the sample grids, and the finished model's own default.
@@ -229,17 +284,35 @@ class UNetTraining(TrainingConfig):
     pretrained_text_encoder_name_or_path: str | None = None
     unet: UNetConfig | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    prediction_type: Prediction | None = None
+    rescale_betas_zero_snr: bool = False
     proportion_empty_prompts: float = 0.1
+    loss_type: Literal["l2", "l1", "huber"] = "l2"
+    huber_c: float = 0.1
     snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
+    stratified_timesteps: bool = False
+    vlb_weight: float = 1e-3
+    class_column: str | None = None
+    class_dropout_prob: float = 0.1
     cache_latents: bool = False
+    latent_cache_dir: Path | None = None
+    fsdp: bool = False
     validation_prompts: tuple[str, ...] = ()
+    validation_class_labels: tuple[int, ...] = ()
     num_validation_images: int = 4
     guidance_scale: float = 7.5
     num_inference_steps: int = 50
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_validation_images", "num_inference_steps", "snr_gamma"):
+        if self.fsdp and self.mixed_precision == "fp16":
+            raise ConfigError("fsdp cannot share out the loss scale of fp16; use bf16 or no")
+        for name in ("noise_offset", "input_perturbation", "vlb_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        for name in ("num_validation_images", "num_inference_steps", "snr_gamma", "huber_c"):
             if (number := getattr(self, name)) is not None and number <= 0:
                 raise ConfigError(f"{name} is {number}; it must be positive")
         if self.num_inference_steps > self.schedule.num_train_timesteps:
@@ -252,14 +325,11 @@ class UNetTraining(TrainingConfig):
                 "schedule belongs to a U-Net trained from scratch, and without unet the U-Net and"
                 " schedule of pretrained_model_name_or_path are trained on; leave schedule out"
             )
-        if not 0 <= self.proportion_empty_prompts <= 1:
-            raise ConfigError(
-                f"proportion_empty_prompts is {self.proportion_empty_prompts}; it must be in [0, 1]"
-            )
-        if self.cache_latents and (self.random_flip or not self.center_crop):
-            raise ConfigError(
-                "cache_latents keeps one view of a picture; turn random_flip off and center_crop on"
-            )
+        for name in ("proportion_empty_prompts", "class_dropout_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be in [0, 1]")
+        if self.cache_latents and not self.center_crop:
+            raise ConfigError("cache_latents keeps one crop of a picture; turn center_crop on")
 
 
 def check_resolution(resolution: int, factor: int) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 from ldm.data.order import check_length
 from ldm.data.sample import DataSource
-from ldm.data.sources import Subset, open_source, split_source
+from ldm.data.sources import first, open_source, split_source
+from ldm.data.stored import Reading, Stored
+from ldm.data.tables import open_hub
+from ldm.errors import DataError
 from ldm.training.config import TrainingConfig
 
 
@@ -14,24 +18,27 @@ def open_data(config: TrainingConfig) -> tuple[DataSource, DataSource]:
     """The training and the validation samples of a run.
 
     Raises:
-        DataError: there are none, or fewer than a batch.
+        ConfigError: an address that cannot be streamed from.
+        DataError: there are none, or fewer than a batch; or some cannot be used, and
+            `on_bad_sample` is `stop`.
     """
-    options = {
-        "caption_column": config.caption_column,
-        "caption_extension": config.caption_extension,
-    }
-    if config.train_data_dir == "flowers":
-        train = open_source("flowers", split="train")
-        validation = open_source("flowers", split="validation")
-    elif all((Path(config.train_data_dir) / split).is_dir() for split in ("train", "validation")):
-        train = open_source(Path(config.train_data_dir) / "train", **options)
-        validation = open_source(Path(config.train_data_dir) / "validation", **options)
-    elif config.validation_split == 0:
-        train = validation = open_source(config.train_data_dir, **options)
+    known = {field.name for field in fields(Reading)}
+    reading = Reading(**{name: value for name, value in vars(config).items() if name in known})
+    root = Path(config.train_data_dir)
+    if config.dataset_name:
+        train = validation = open_hub(config.dataset_name, config.dataset_config_name, reading)
+    elif config.train_data_dir == "flowers":
+        train, validation = (open_source("flowers", split=s) for s in ("train", "validation"))
+    elif all((root / split).is_dir() for split in ("train", "validation")):
+        train, validation = (open_source(root / s, reading) for s in ("train", "validation"))
+        stored = [source for source in (train, validation) if isinstance(source, Stored)]
+        if reading.class_column == "folder" and stored[0].classes != stored[-1].classes:
+            raise DataError(f"{root}: train and validation have other folders; make them the same")
     else:
-        source = open_source(config.train_data_dir, **options)
-        train, validation = split_source(source, config.validation_split, config.seed)
+        train = validation = open_source(config.train_data_dir, reading)
+    if train is validation and config.validation_split:
+        train, validation = split_source(train, config.validation_split, config.seed)
     if config.max_train_samples:
-        train = Subset(train, range(min(config.max_train_samples, len(train))))
+        train = first(train, config.max_train_samples)
     check_length(len(train), config.train_batch_size)
-    return train, Subset(validation, range(min(config.validation_samples, len(validation))))
+    return train, first(validation, config.validation_samples)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class EMA:
@@ -20,30 +21,44 @@ class EMA:
         decay: in [0, 1).
 
     Attributes:
-        average: one float32 tensor a parameter, by name.
+        average: one tensor a parameter, by name.
     """
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
         self._module = module
-        self.average = {k: p.detach().float().clone() for k, p in module.named_parameters()}
+        self.average = {k: p.detach().clone() for k, p in module.named_parameters()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after optimizer step `step` (0 the first)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        weights = [p.detach() for p in self._module.parameters()]
-        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+    def update(self, step: int, skipped: Tensor | None = None) -> None:
+        """Take in the weights after optimizer step `step` (0 the first).
+
+        Args:
+            step: decides the decay.
+            skipped: 1.0 leaves the average as it is, 0.0 changes nothing; a tensor of no
+                dimensions, so that nobody waits for the GPU.
+        """
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        average, weights = _local(self.average.values()), _local(self._module.parameters())
+        if skipped is None:
+            torch._foreach_lerp_(average, weights, share)
+        else:
+            torch._foreach_lerp_(average, weights, [(1 - skipped) * share] * len(weights))
 
     def load(self, average: Mapping[str, Tensor]) -> None:
         """Go on from a saved average."""
         for name, tensor in self.average.items():
             tensor.copy_(average[name])
 
+    @torch.no_grad()
     def swap(self) -> None:
         """Exchange the module's weights and the average; a second call undoes the first."""
-        for name, parameter in self._module.named_parameters():
-            parameter.data, self.average[name] = self.average[name], parameter.data
+        # Numbers change places, not tensors: FSDP computes with the memory that it knows.
+        pairs = zip(_local(self._module.parameters()), _local(self.average.values()), strict=True)
+        for weights, average in pairs:
+            kept = weights.clone()
+            weights.copy_(average)
+            average.copy_(kept)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -53,3 +68,8 @@ class EMA:
             yield
         finally:
             self.swap()
+
+
+def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors, or this process's slices of sharded ones."""
+    return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]

@@ -6,32 +6,44 @@ for each step:  for each piece of this process's share:  for each player:  loss 
 
 from __future__ import annotations
 
-import json
+import os
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import pairwise
-from math import ceil, isfinite
+from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from ldm.checkpoint.io import recover
-from ldm.data.order import positions, rank_slots
+from ldm.data.buckets import make_order
+from ldm.data.order import Place, rank_slots
 from ldm.data.sample import DataSource
-from ldm.errors import ConfigError, DataError, suggest
+from ldm.errors import ConfigError, LdmError, suggest
+from ldm.models.unet import UNet
+from ldm.training.capsule import PATIENCE, write_capsule
 from ldm.training.config import STAGES, TrainingConfig, learning_rate_at
 from ldm.training.data import open_data
-from ldm.training.stage import Batch, Stage
-from ldm.training.state import TrainingState, checkpoints, find_checkpoint, publish
+from ldm.training.log import Log, Row, find_tracker
+from ldm.training.samples import Batch, Loader
+from ldm.training.sharding import shard, whole
+from ldm.training.stage import Stage
+from ldm.training.state import (
+    TrainingState,
+    checkpoints,
+    exclusive,
+    find_checkpoint,
+    full_disk_is_an_error,
+    publish,
+)
+from ldm.training.stop import Stop, stop_with_launcher
 
 VALIDATION_BATCH = 32  # at most so many samples at a time
 
@@ -53,7 +65,7 @@ def make_stage(name: str, config: Any) -> Stage:
 def train(
     name: str, config: TrainingConfig, sources: tuple[DataSource, DataSource] | None = None
 ) -> Path:
-    """Train a stage to its last step.
+    """Train a stage to its last step, or until SIGTERM or SIGINT asks it to save and end.
 
     Args:
         name: the stage: `vae`, `clip` or `unet`.
@@ -67,106 +79,341 @@ def train(
         ConfigError: the options do not fit each other, the processes or the output folder; or the
             training diverges.
         DataError: the data cannot be used.
-        CheckpointError: the checkpoint to resume from cannot be used.
+        CheckpointError: the checkpoint to resume from cannot be used, or none can be written.
+        SystemExit: a signal has ended the run, after a checkpoint.
     """
     if not config.resume_from_checkpoint and checkpoints(config.output_dir):
         raise ConfigError(
             f"{config.output_dir} holds checkpoints already; add --resume_from_checkpoint latest to"
             " go on, or choose another --output_dir"
         )
-    data, validation_data = sources or open_data(config)
-    stage = make_stage(name, config)
-    tracker = _tracker(config)
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, log_with=tracker, project_dir=config.output_dir
-        )
-    except ValueError as error:  # a precision that this machine does not have
-        raise ConfigError(str(error)) from None
-    say = accelerator.print
-    if accelerator.is_main_process:
-        recover(config.output_dir)
-    accelerator.wait_for_everyone()
-    size = _piece_size(config, accelerator.num_processes)
-    for module in stage.players.values():
-        module.to(device=accelerator.device).to(memory_format=torch.channels_last)  # type: ignore
-        module.train()
-    state = TrainingState(stage, config, data.fingerprint)
-    state.scaler = accelerator.scaler
-    newest: Path | None = None
-    if resume := config.resume_from_checkpoint:
-        if newest := find_checkpoint(resume, config.output_dir):
-            state.load(newest)
-            say(f"resumed from {newest}")
-        else:
-            say(f"nothing to resume in {config.output_dir}: starting at step 0")
-    stage.setup(data, validation_data, accelerator.device)
-    for player in stage.players:
-        stage.players[player] = accelerator.prepare(stage.players[player])
-    optimizers = {
-        key: accelerator.prepare(optimizer) for key, optimizer in state.optimizers.items()
-    }
-    log = _Log(accelerator, config, state.step, tracker)
-    parameters = sum(p.numel() for m in state.modules.values() for p in m.parameters())
-    say(
-        f"{len(data)} samples, {len(validation_data)} for validation;"
-        f" {parameters / 1e6:.2f} M parameters; {accelerator.num_processes} process(es) on"
-        f" {accelerator.device.type}"
-    )
-
-    for batches in _steps(stage, data, size, state.step, accelerator):
-        playing = stage.active(state.step)
-        for player in playing:
-            for group in optimizers[player].param_groups:
-                group["lr"] = learning_rate_at(config, state.step, group["base_lr"])
-        figures = _gradients(stage, playing, batches, state.step, accelerator)
-        for player in playing:
-            weights = stage.players[player].parameters()
-            norm = accelerator.clip_grad_norm_(weights, config.max_grad_norm)
-            figures[_prefix(player, playing) + "grad_norm"] = torch.as_tensor(norm)
-            optimizers[player].step()
-            optimizers[player].zero_grad()
-            if player in state.averages:
-                state.averages[player].update(state.step)
-        state.step += 1
-        log.step(state.step, figures, learning_rate_at(config, state.step - 1))
-
-        last = state.step == config.max_train_steps
-        if last or state.step % config.validation_steps == 0:
-            log.flush()
-            log.validation(state.step, *_validate(stage, validation_data, state, accelerator))
-        if last or state.step % config.checkpointing_steps == 0:
-            log.flush()
-            if accelerator.is_main_process:
-                newest = state.save()
-            accelerator.wait_for_everyone()
-            log.since = time.perf_counter()
-    log.close()
-    if accelerator.is_main_process and newest:
-        publish(newest, config.output_dir)
-        say(f"finished: the model is {config.output_dir}")
-    accelerator.end_training()
+    stop_with_launcher()
+    with ExitStack() as stack:
+        stack.enter_context(full_disk_is_an_error(config.output_dir))
+        if os.environ.get("RANK", "0") == "0":
+            stack.enter_context(exclusive(config.output_dir))
+        stack.enter_context(_lost_processes_are_an_error())
+        run = Run(name, config, *(sources or open_data(config)))
+        run.resume()
+        run.train(stack.enter_context(Stop()))
     return config.output_dir
 
 
-def _gradients(
-    stage: Stage, playing: list[str], batches: list[Batch], step: int, accelerator: Accelerator
-) -> dict[str, Tensor]:
-    """Backward through every piece of a step; the figures are means over the pieces."""
-    total: dict[str, Tensor] = {}
-    for piece, batch in enumerate(batches):
-        for name in playing:
+class Run:
+    """A stage, its data and its state on the processes that Accelerate has started.
+
+    Args:
+        name: the stage.
+        config: its options.
+        data: training samples.
+        validation_data: validation samples.
+
+    Attributes:
+        order: which samples at which step.
+        slots: the part of each global batch that is this process's.
+    """
+
+    def __init__(
+        self, name: str, config: TrainingConfig, data: DataSource, validation_data: DataSource
+    ):
+        self.name, self.config = name, config
+        self.data, self.validation_data = data, validation_data
+        self.order = make_order(data, config)
+        self.stage = make_stage(name, config)
+        self.tracker = find_tracker(config)
+        try:
+            self.accelerator = Accelerator(
+                mixed_precision=config.mixed_precision,
+                log_with=self.tracker,
+                project_dir=config.output_dir,
+                cpu=not torch.accelerator.is_available(),  # else it overlooks the other processes
+            )
+        except ValueError as error:  # a precision that this machine does not have
+            raise ConfigError(str(error)) from None
+        world, started = self.accelerator.num_processes, os.environ.get("WORLD_SIZE", "1")
+        if world != int(started):
+            raise ConfigError(
+                f"{started} processes were started and each takes itself for {world}; start them"
+                " with accelerate launch or torchrun"
+            )
+        self.piece = _piece_size(config, world)
+        self.slots = rank_slots(config.train_batch_size, world, self.accelerator.process_index)
+        device = self.accelerator.device
+        for module in self.stage.players.values():
+            if getattr(config, "fsdp", False) and world > 1:
+                shard(cast(UNet, module), device)
+            else:
+                module.to(device=device).to(memory_format=torch.channels_last)  # type: ignore
+            module.train()
+        self.state = TrainingState(self.stage, config, data)
+        self.state.scaler = self.accelerator.scaler
+        self.newest: Path | None = None
+
+    def resume(self) -> None:
+        """Load the checkpoint that the options ask for, and make ready for the first step."""
+        config, accelerator = self.config, self.accelerator
+        if accelerator.is_main_process:
+            recover(config.output_dir)
+            self.state.check_space()
+        accelerator.wait_for_everyone()
+        if resume := config.resume_from_checkpoint:
+            main = accelerator.is_main_process  # finds it for all: they must not differ
+            found = [find_checkpoint(resume, config.output_dir) if main else None]
+            if newest := broadcast_object_list(found)[0]:
+                self.load(newest)
+                accelerator.print(f"resumed from {newest}")
+            else:
+                accelerator.print(f"nothing to resume in {config.output_dir}: starting at step 0")
+        self.prepare()
+
+    def load(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint, instead of from the beginning."""
+        self.state.load(checkpoint)
+        self.newest = checkpoint
+
+    def prepare(self) -> None:
+        """Build caches, and spread the players over the processes."""
+        self.stage.setup(self.data, self.validation_data, self.accelerator.device)
+        for player, module in self.stage.players.items():
+            if self.config.torch_compile:
+                module.compile()
+            if not self.state.sharded:
+                self.stage.players[player] = self.accelerator.prepare(module)
+
+    def train(self, stop: Stop) -> None:
+        """Every step from the state's own to the last; then the finished model."""
+        config, state, accelerator = self.config, self.state, self.accelerator
+        log = Log(accelerator, config, state.step, self.tracker)
+        log.say(self.summary())
+        skipped_in_a_row = 0
+        with log.bar, self.loader() as loader:
+            while state.step < config.max_train_steps:
+                began = time.perf_counter()
+                batches = stop.attempt(lambda: [next(loader) for _ in range(self.pieces)])
+                log.waited += time.perf_counter() - began
+                if stop.agreed() or batches is None:
+                    break
+                bad = [error for batch in batches for error in batch.pop("bad") if error]
+                figures = self.update([_move(batch, accelerator.device) for batch in batches])
+                log.step(state.step, figures, learning_rate_at(config, state.step - 1), bad)
+                last = state.step == config.max_train_steps
+                validate = last or state.step % config.validation_steps == 0
+                save = last or state.step % config.checkpointing_steps == 0
+                if validate or save or state.step % config.logging_steps == 0:
+                    rows = log.flush()
+                    skipped_in_a_row = self.account(rows, skipped_in_a_row, log)
+                if validate:
+                    result = self.validate(stop)
+                    if result is not None:
+                        log.validation(state.step, *result)
+                if save:
+                    self.save()
+                log.since = time.perf_counter()
+        self.account(log.flush(), skipped_in_a_row, log)
+        if state.step < config.max_train_steps:
+            self.save()
+            accelerator.print(
+                f"stopped after step {state.step}, saved {self.newest};"
+                " go on with --resume_from_checkpoint latest",
+                file=sys.stderr,
+            )
+            accelerator.end_training()
+            sys.exit(stop.exit_code)
+        if accelerator.is_main_process and self.newest:
+            publish(self.newest, config.output_dir)
+            accelerator.print(f"finished: the model is {config.output_dir}")
+        accelerator.end_training()
+
+    def update(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """One optimizer step from the pieces of this process's share.
+
+        A step whose loss or gradient is not finite on any process leaves everything as it was;
+        which, the device knows and the host does not wait to hear.
+
+        Returns:
+            Figures of this process; `skipped` is 1 where the step was left out.
+        """
+        state, step = self.state, self.state.step
+        playing = self.stage.active(step)
+        figures = self._gradients(playing, batches)
+        for player in playing:
+            prefix, optimizer = _prefix(player, playing), state.optimizers[player]
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(self.config, step, group["base_lr"])
+            if state.scaler:
+                state.scaler.unscale_(optimizer)
+            weights = self.stage.players[player].parameters()
+            norm = whole(torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm))
+            skipped = 1 - (norm.isfinite() & figures[f"{prefix}loss"].isfinite()).float()
+            if dist.is_initialized():  # losses are each process's own
+                dist.all_reduce(skipped, dist.ReduceOp.MAX)
+            figures |= {f"{prefix}grad_norm": norm, f"{prefix}skipped": skipped}
+            if state.scaler:
+                state.scaler.step(optimizer)
+                state.scaler.update()
+            else:
+                optimizer.found_inf = skipped  # type: ignore[attr-defined]
+                optimizer.step()
+            optimizer.zero_grad()
+            if player in state.averages:
+                state.averages[player].update(step, skipped)
+        state.step += 1
+        return figures
+
+    def _gradients(self, playing: list[str], batches: list[Batch]) -> dict[str, Tensor]:
+        """Backward through every piece of a step; the figures are means over the pieces."""
+        total: dict[str, Tensor] = {}
+        for piece, batch in enumerate(batches):
             silent = piece < len(batches) - 1  # gradients are averaged over processes once
-            module = stage.players[name]
-            own = [p for p in module.parameters() if p.requires_grad]
-            with accelerator.no_sync(module) if silent else nullcontext(), accelerator.autocast():
-                figures = stage.loss(name, batch, step)
-            # A turn of one player leaves no gradient in another.
-            accelerator.backward(figures["loss"] / len(batches), inputs=own)
-            for key, value in figures.items():
-                key = _prefix(name, playing) + key
-                total[key] = total.get(key, 0) + value.detach() / len(batches)
-    return total
+            for name in playing:
+                module = self.stage.players[name]
+                own = [p for p in module.parameters() if p.requires_grad]
+                quiet = self.accelerator.no_sync(module) if silent else nullcontext()
+                with quiet, self.accelerator.autocast():
+                    figures = self.stage.loss(name, batch, self.state.step)
+                # A turn of one player leaves no gradient in another.
+                inputs = own if len(self.stage.players) > 1 else None
+                self.accelerator.backward(figures["loss"] / len(batches), inputs=inputs)
+                for key, value in figures.items():
+                    key = _prefix(name, playing) + key
+                    total[key] = total.get(key, 0) + value.detach() / len(batches)
+        return total
+
+    def account(self, rows: list[Row], in_a_row: int, log: Log) -> int:
+        """Count the steps that were left out, with a capsule of each, and end a hopeless run.
+
+        Args:
+            rows: of `Log.flush`.
+            in_a_row: how many steps before them were left out.
+            log: where to say so.
+
+        Returns:
+            How many steps have been left out up to the last one, without one between them.
+
+        Raises:
+            ConfigError: `on_non_finite` says so, or there were too many in a row.
+        """
+        for row in rows:
+            if not any(value for key, value in row.items() if key.endswith("skipped")):
+                in_a_row = 0
+                continue
+            in_a_row += 1
+            self.state.skipped += 1
+            what = f"step {row['step']} has loss {row['loss']}, gradient norm {row['grad_norm']}"
+            # fp16 finds its scale by overflowing now and then.
+            tolerated = self.config.on_non_finite == "skip" or self.state.scaler
+            capsule = self.config.output_dir / "capsules" / f"step-{row['step']:07d}.json"
+            if self.accelerator.is_main_process:
+                places = self.order.batch(row["step"] - 1)
+                write_capsule(capsule, self.name, self.config, row, places, self.data)
+            if not tolerated or in_a_row == PATIENCE:
+                raise ConfigError(
+                    f"{what}: the training diverges. Ask scripts/replay.py {capsule} where; lower"
+                    " learning_rate or raise lr_warmup_steps, or leave such steps out with"
+                    " --on_non_finite skip"
+                )
+            log.say(f"{what}: it is left out ({self.state.skipped} so far), see {capsule}")
+        return in_a_row
+
+    def save(self) -> None:
+        """Write a checkpoint, unless the newest is of this very step."""
+        folder = self.config.output_dir / f"checkpoint-{self.state.step}"
+        if self.newest != folder:
+            if self.accelerator.is_main_process or self.state.sharded:
+                self.state.save()
+            self.newest = folder
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def validate(self, stop: Stop) -> tuple[dict[str, float], Any] | None:
+        """Mean figures over the validation samples and a preview, both of the average.
+
+        Returns:
+            None where a signal came in between.
+        """
+        number = len(self.validation_data)
+        count = ceil(number / VALIDATION_BATCH)
+        # Equal batches: a contrastive loss depends on how many captions a picture is compared with.
+        ends = [number * i // count for i in range(count + 1)]
+        chunks = [[Place(i) for i in range(start, end)] for start, end in pairwise(ends)]
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = chunks[rank::world]
+        sharded = self.state.sharded  # then a forward pass takes all, and cannot be left by one
+        attempt = (lambda work: work()) if sharded else stop.attempt
+        idle = chunks[: ceil(count / world) - len(mine)] if sharded else []
+        with self.state.averaged():
+            sums = attempt(lambda: self._validation_sums(mine))
+            attempt(lambda: self._validation_sums(idle))
+            draws = self.accelerator.is_main_process or sharded
+            preview = attempt(self._preview) if draws else None
+        if stop.agreed():
+            return None
+        parts = gather_object([sums])  # a process may have had no share
+        return {k: sum(p.get(k, 0) for p in parts) / number for k in sorted(parts[0])}, preview
+
+    def _preview(self) -> Any:
+        try:
+            return self.stage.preview()
+        except LdmError as error:  # of a model that puts out NaN, say: more training may mend it
+            self.accelerator.print(f"no sample grid: {error}")
+            return None
+
+    def _validation_sums(self, chunks: list[list[Place]]) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        samples = self.stage.samples(self.validation_data, validation=True)
+        with Loader(samples, chunks, workers=0) as loader:
+            for batch in loader:
+                batch = _move(batch, self.accelerator.device)
+                with self.accelerator.autocast():
+                    for key, value in self.stage.validate(batch).items():
+                        sums[key] = sums.get(key, 0) + float(value.sum())
+        return sums
+
+    @property
+    def pieces(self) -> int:
+        """Pieces in which a process works through its share of a batch."""
+        return self.config.gradient_accumulation_steps
+
+    def loader(self, steps: Iterable[int] | None = None) -> Loader:
+        """This process's pieces of some steps: of all from the state's own on, by default."""
+
+        def places() -> Iterator[list[Place]]:
+            for step in steps or range(self.state.step, self.config.max_train_steps):
+                mine = self.order.batch(step)[self.slots]
+                for piece in range(self.pieces):
+                    yield mine[piece * self.piece : (piece + 1) * self.piece]
+
+        samples = self.stage.samples(self.data, validation=False)
+        pin = self.accelerator.device.type == "cuda"
+        workers = self.config.dataloader_num_workers
+        return Loader(samples, places(), workers=workers, pin_memory=pin)
+
+    def parameters(self) -> int:
+        """How many numbers are trained, or could be."""
+        return sum(p.numel() for m in self.state.modules.values() for p in m.parameters())
+
+    def summary(self) -> str:
+        """What is trained, on what, by whom."""
+        return (
+            f"{len(self.data)} samples, {len(self.validation_data)} for validation;"
+            f" {self.parameters() / 1e6:.2f} M parameters;"
+            f" {self.accelerator.num_processes} process(es) on {self.accelerator.device.type}"
+        )
+
+
+@contextmanager
+def _lost_processes_are_an_error() -> Iterator[None]:
+    """Inside, what a process says when another one has died is one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+        if not lost or not dist.is_initialized():
+            raise
+        raise LdmError(
+            "another process of this run has ended, see what it said;"
+            " go on with --resume_from_checkpoint latest"
+        ) from None
 
 
 def _prefix(player: str, playing: list[str]) -> str:
@@ -183,200 +430,6 @@ def _piece_size(config: TrainingConfig, world: int) -> int:
             f" and gradient_accumulation_steps {config.gradient_accumulation_steps}"
         )
     return share // config.gradient_accumulation_steps
-
-
-def _steps(
-    stage: Stage, data: DataSource, size: int, start: int, accelerator: Accelerator
-) -> Iterator[list[Batch]]:
-    """The pieces of every step from `start` on, `size` samples each, on the device."""
-    config, pieces = stage.config, stage.config.gradient_accumulation_steps
-    slots = rank_slots(
-        config.train_batch_size, accelerator.num_processes, accelerator.process_index
-    )
-
-    def visits() -> Iterator[list[Any]]:
-        for step in range(start, config.max_train_steps):
-            mine = positions(config.seed, step, config.train_batch_size, len(data))[slots]
-            for piece in range(pieces):
-                yield mine[piece * size : (piece + 1) * size]
-
-    loader = iter(
-        DataLoader(
-            stage.dataset(data, validation=False),
-            batch_sampler=_Once(visits()),
-            num_workers=config.dataloader_num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-        )
-    )
-    for _ in range(start, config.max_train_steps):
-        try:
-            batches = [next(loader) for _ in range(pieces)]
-        except DataError as error:  # from a loader's worker it comes with its whole traceback
-            last = str(error).strip().split("\n")[-1]
-            raise DataError(last.removeprefix("ldm.errors.DataError: ")) from None
-        yield [_move(batch, accelerator.device) for batch in batches]
-
-
-@torch.no_grad()
-def _validate(
-    stage: Stage, source: DataSource, state: TrainingState, accelerator: Accelerator
-) -> tuple[dict[str, float], Any]:
-    """Mean figures over the validation samples, and a preview, both of the average."""
-    # Equal batches: a contrastive loss depends on how many captions a picture is compared with.
-    number, count = len(source), ceil(len(source) / VALIDATION_BATCH)
-    ends = [number * i // count for i in range(count + 1)]
-    chunks = [[(i, 0) for i in range(start, end)] for start, end in pairwise(ends)]
-    mine = chunks[accelerator.process_index :: accelerator.num_processes]
-    loader = DataLoader(stage.dataset(source, validation=True), batch_sampler=mine)
-    sums: dict[str, float] = {}
-    with state.averaged():
-        for batch in loader:
-            batch = _move(batch, accelerator.device)
-            with accelerator.autocast():
-                for key, value in stage.validate(batch).items():
-                    sums[key] = sums.get(key, 0) + float(value.sum())
-        preview = stage.preview() if accelerator.is_main_process else None
-    parts = gather_object([sums])  # a process may have had no share
-    means = {k: sum(p.get(k, 0) for p in parts) / len(source) for k in sorted(parts[0])}
-    return means, preview
-
-
-class _Once:
-    """A batch sampler that is run through once."""
-
-    def __init__(self, batches: Iterator[list[Any]]):
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        return self._batches
-
-
-class _Log:
-    """Progress bar, metrics.jsonl, sample grids and trackers; on the main process only.
-
-    Figures stay on the device until the next write, so that a GPU need not be waited for.
-    """
-
-    def __init__(
-        self, accelerator: Accelerator, config: TrainingConfig, step: int, tracker: str | None
-    ):
-        self.accelerator, self.config, self.tracker = accelerator, config, tracker
-        self.pending: list[tuple[int, dict[str, Tensor], float]] = []
-        self.file = config.output_dir / "metrics.jsonl"
-        self.since = time.perf_counter()
-        self.last: dict[str, str] = {}
-        if accelerator.is_main_process:
-            config.output_dir.mkdir(parents=True, exist_ok=True)
-            _truncate(self.file, step)
-            if tracker:
-                accelerator.init_trackers("logs", config=_flat(asdict(config)))
-        self.bar = tqdm(
-            total=config.max_train_steps,
-            initial=step,
-            disable=not accelerator.is_local_main_process,
-            unit="step",
-            mininterval=1.0,
-        )
-
-    def step(self, step: int, figures: dict[str, Tensor], learning_rate: float) -> None:
-        self.pending.append((step, figures, learning_rate))
-        self.bar.update()
-        if step % self.config.logging_steps == 0:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self.pending:
-            return
-        names = sorted({name for _, figures, _ in self.pending for name in figures})
-        device = self.accelerator.device
-        nan = torch.tensor(float("nan"), device=device)
-        table = torch.stack(
-            [torch.stack([f.get(n, nan).float() for n in names]) for _, f, _ in self.pending]
-        )
-        reduced: Any = self.accelerator.reduce(table, "mean")
-        table = reduced.tolist()
-        seconds = time.perf_counter() - self.since
-        rate = len(self.pending) * self.config.train_batch_size / seconds
-        rows = []
-        for (step, figures, lr), values in zip(self.pending, table, strict=True):
-            kept = {n: v for n, v in zip(names, values, strict=True) if n in figures}
-            rows.append({"step": step, "learning_rate": lr, **kept})
-        rows[-1]["images_per_second"] = rate
-        self._write(rows)
-        self._show(loss=f"{rows[-1]['loss']:.4f}", images_per_s=f"{rate:.1f}")
-        for row in rows:  # before a checkpoint is written that holds nothing but this
-            figures = dict(row)
-            if self.accelerator.scaler is not None:  # fp16 skips a step whose gradients overflow
-                figures = {k: v for k, v in row.items() if not k.endswith("grad_norm")}
-            if bad := [name for name, value in figures.items() if not isfinite(value)]:
-                raise ConfigError(
-                    f"{bad[0]} is {row[bad[0]]} at step {row['step']}: the training diverges; lower"
-                    " learning_rate or raise lr_warmup_steps, and start anew in another output_dir"
-                )
-        self.pending.clear()
-        self.since = time.perf_counter()
-
-    def validation(self, step: int, figures: dict[str, float], preview: Any) -> None:
-        self.flush()
-        if figures:
-            self._write([{"step": step, **{f"validation_{k}": v for k, v in figures.items()}}])
-            self._show(validation=f"{figures['loss']:.4f}")
-        if preview is not None:
-            folder = self.config.output_dir / "samples"
-            folder.mkdir(exist_ok=True)
-            preview.save(folder / f"step-{step:07d}.png")
-        self.since = time.perf_counter()
-
-    def close(self) -> None:
-        self.flush()
-        self.bar.close()
-
-    def _show(self, **values: str) -> None:
-        self.last |= values
-        self.bar.set_postfix(self.last, refresh=False)
-
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(row) + "\n" for row in rows)
-        if self.tracker:
-            for row in rows:
-                values = {key: value for key, value in row.items() if key != "step"}
-                self.accelerator.log(values, step=row["step"])
-
-
-def _truncate(file: Path, step: int) -> None:
-    """Drop what was logged after `step`: the run resumes there and will log it again."""
-    if not file.exists():
-        return
-    lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                lines.append(line + "\n")
-        except ValueError:  # a line torn by a kill
-            break
-    temporary = file.with_suffix(".tmp")  # a kill must not cost the log
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(file)
-
-
-def _tracker(config: TrainingConfig) -> str | None:
-    name = config.report_to
-    if name in (None, "none"):
-        return None
-    if name not in LoggerType.list():
-        raise ConfigError(f"no tracker '{name}'; {suggest(name, ['none', *LoggerType.list()])}")
-    if LoggerType(name) not in get_available_trackers():
-        print(f"{name} is not installed: metrics go to metrics.jsonl only")
-        return None
-    return name
-
-
-def _flat(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as trackers take them: numbers and strings."""
-    return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in options.items()}
 
 
 def _move(batch: Batch, device: torch.device) -> Batch:

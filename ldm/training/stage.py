@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ldm.data.order import Place
 from ldm.data.sample import DataSource
 from ldm.data.transforms import prepare
 from ldm.rng import Draws
 from ldm.training.config import TrainingConfig
+from ldm.training.samples import Batch, Samples
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-Batch = dict[str, Any]
-"""Tensors whose first dimension is the sample, and lists of as many strings."""
 
 
 class Stage(ABC):
@@ -32,10 +31,12 @@ class Stage(ABC):
         players: the trained modules by name, each with an optimizer of its own. In every step they
             take turns in this order (a GAN has two).
         averaged: the players whose weights are averaged: those that the model is made of.
+        tokenizer: transformers', where captions are read.
     """
 
     players: dict[str, nn.Module]
     averaged: tuple[str, ...]
+    tokenizer: Any = None
 
     def __init__(self, config: TrainingConfig):
         self.config = config
@@ -44,13 +45,26 @@ class Stage(ABC):
     def setup(self, train: DataSource, validation: DataSource, device: Any) -> None:
         """Build what needs the data or the device: frozen models, caches."""
 
+    def frozen(self) -> dict[str, nn.Module]:
+        """The models that are used and not trained, by the name of their folder."""
+        return {}
+
+    def settings(self) -> dict[str, str]:
+        """What else the run depends on and its options do not say, by name."""
+        return {}
+
     @abstractmethod
     def dataset(self, source: DataSource, *, validation: bool) -> Dataset[Batch]:
-        """The items of a source; item (index, visit) carries all that a step needs of a sample.
+        """The items of a source; that of a `Place` carries all that a step needs of its sample.
 
         It is sent to loader workers, so it must pickle. A validation item depends on its index
         alone: the same noise every time, so that the losses of a run compare.
         """
+
+    def samples(self, source: DataSource, *, validation: bool) -> Samples:
+        """The same items, with what the run says of bad ones."""
+        items = self.dataset(source, validation=validation)
+        return Samples(items, len(source), self.config.on_bad_sample == "skip")
 
     @abstractmethod
     def loss(self, player: str, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -78,27 +92,26 @@ class Stage(ABC):
 
 
 def load_sample(
-    source: DataSource, index: int, visit: int, config: TrainingConfig, *, augment: bool
+    source: DataSource, place: Place, config: TrainingConfig, *, augment: bool
 ) -> tuple[Tensor, str]:
     """A sample as the run wants it: its picture, float32 in [-1, 1], 3 h w, and its caption.
 
     Args:
         source: where from.
-        index: which sample.
-        visit: how often it has been seen, which decides its crop and flip.
+        place: which sample, at which visit, which decides its crop and flip, and of what size.
         config: resolution, crop, flip.
         augment: whether crop and flip may be random; a validation picture is always the same.
 
     Raises:
         DataError: the picture cannot be read; the line names it.
     """
-    sample = source[index]
+    sample = source[place.index]
     pixels = prepare(
         sample.image,
-        config.resolution,
+        place.size or (config.resolution, config.resolution),
         center_crop=config.center_crop or not augment,
         random_flip=config.random_flip and augment,
-        draws=Draws(config.seed, "augment", index, visit),
+        draws=Draws(config.seed, "augment", place.index, place.visit),
         interpolation=config.image_interpolation_mode,
         key=sample.key,
     )

@@ -7,14 +7,17 @@
             <player>.safetensors        the weights being trained, float32
             <player>.average.safetensors    their moving average
             <player>.optimizer.safetensors  AdamW's moments, by parameter name
+            (of a sharded player folders of the same names, with a file from each process)
         manifest.json               SHA-256 of every file
 
 Random numbers and the order of the data are pure functions of the step, so nothing is kept of them.
+What is used but not trained (data, frozen models, noise schedule) is kept as fingerprints: a run
+goes on with the same ones or not at all.
 """
 
 from __future__ import annotations
 
-import os
+import fcntl
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,27 +27,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from ldm.checkpoint.io import (
     MANIFEST,
+    atomic_file,
     atomic_folder,
     load_weights,
     read_json,
     read_tensors,
+    remove_folder,
+    tensors_sha256,
     verify,
     write_json,
     write_manifest,
     write_tensors,
 )
-from ldm.errors import CheckpointError
+from ldm.data.sample import DataSource
+from ldm.errors import CheckpointError, ConfigError
 from ldm.training.config import TrainingConfig, learning_rate_at
 from ldm.training.ema import EMA
+from ldm.training.sharding import is_sharded, load_sharded, save_sharded, shared_folder, whole
 from ldm.training.stage import Stage
 
 # Options that may change between a run and its resumption without changing what is learnt.
 FREE = {
-    "output_dir", "train_data_dir", "checkpointing_steps", "checkpoints_total_limit",
+    "output_dir", "train_data_dir", "dataset_name", "on_bad_sample", "shard_cache_gb",
+    "on_non_finite", "torch_compile", "cache_latents", "latent_cache_dir", "fsdp",
+    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path",
+    "pretrained_text_encoder_name_or_path", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "validation_steps", "validation_samples", "validation_prompts",
     "num_validation_images", "logging_steps", "report_to", "dataloader_num_workers",
     "gradient_accumulation_steps", "gradient_checkpointing", "guidance_scale",
@@ -59,20 +72,33 @@ class TrainingState:
     Args:
         stage: whose players are trained; not yet wrapped by Accelerate.
         config: the run's options.
-        fingerprint: names the training data.
+        data: the training data, which only its fingerprint is taken of.
 
     Attributes:
         step: optimizer steps done.
+        skipped: how many of them were left out, for their gradients were not finite.
         optimizers: AdamW for each player.
         averages: EMA of each player; empty without `use_ema`.
         scaler: Accelerate's gradient scaler, for fp16.
+        sharded: each process holds a slice of the player, and all of them save and load together.
+
+    Raises:
+        CheckpointError: a model that the run begins with is not finite.
     """
 
-    def __init__(self, stage: Stage, config: TrainingConfig, fingerprint: str):
-        self.stage, self.config, self.fingerprint = stage, config, fingerprint
-        self.step = 0
+    def __init__(self, stage: Stage, config: TrainingConfig, data: DataSource):
+        self.stage, self.config = stage, config
+        self.step = self.skipped = 0
         self.scaler: Any = None
         self.modules = dict(stage.players)
+        self.sharded = any(is_sharded(module) for module in self.modules.values())
+        for name, module in (self.modules | stage.frozen()).items():
+            if bad := not_finite(module):
+                raise CheckpointError(f"{name}: {bad} holds NaN or infinity; load another model")
+        self.identity = {"data": f"{len(data)} samples, {data.fingerprint[:12]}"}
+        for name, module in stage.frozen().items():
+            self.identity[name] = tensors_sha256(module.state_dict())[:12]
+        self.identity |= stage.settings()
         self.optimizers = {
             name: torch.optim.AdamW(
                 stage.parameter_groups(name),
@@ -90,33 +116,75 @@ class TrainingState:
         }
 
     def save(self) -> Path:
-        """Write `checkpoint-<step>`, then prune the oldest beyond the limit."""
+        """Write `checkpoint-<step>`, then prune the oldest beyond the limit.
+
+        Raises:
+            CheckpointError: the weights are not finite, or the disk is full. The checkpoints that
+                were there are as they were.
+        """
         folder = self.config.output_dir / f"checkpoint-{self.step}"
-        with atomic_folder(folder) as temporary:
-            self.save_model(temporary)
-            state = temporary / "training_state"
-            for name, module in self.modules.items():
-                write_tensors(state / f"{name}.safetensors", module.state_dict())
-                write_tensors(state / f"{name}.optimizer.safetensors", self._moments(name))
-                if name in self.averages:
-                    average = self.averages[name].average
-                    write_tensors(state / f"{name}.average.safetensors", average)
+        for name, module in self.modules.items():
+            if bad := not_finite(module):
+                raise CheckpointError(
+                    f"{name}: {bad} is no longer finite after step {self.step}, so it is not"
+                    " saved; lower learning_rate and resume from the checkpoint before"
+                )
+        self.check_space()
+        whole_folder = shared_folder if self.sharded else atomic_folder
+        with full_disk_is_an_error(folder), whole_folder(folder) as temporary:
+            self._write(temporary)
+            if is_main_process():
+                write_manifest(temporary)
+        if (limit := self.config.checkpoints_total_limit) and is_main_process():
+            others = [other for other in checkpoints(self.config.output_dir) if other != folder]
+            for old in others[: max(len(others) + 1 - limit, 0)]:
+                remove_folder(old)
+        return folder
+
+    def _write(self, folder: Path) -> None:
+        self.save_model(folder)
+        state = folder / "training_state"
+        for name, module in self.modules.items():
+            parts = {name: module.state_dict(), f"{name}.optimizer": self._moments(name)}
+            if name in self.averages:
+                parts[f"{name}.average"] = self.averages[name].average
+            for part, tensors in parts.items():
+                if self.sharded:
+                    save_sharded(state / part, tensors)
+                else:
+                    write_tensors(state / f"{part}.safetensors", tensors)
+        if is_main_process():
             write_json(
                 state / "state.json",
                 {
                     "step": self.step,
-                    "data": self.fingerprint,
+                    "skipped": self.skipped,
+                    "identity": self.identity,
                     "scaler": self.scaler.state_dict() if self.scaler else None,
-                    "config": _plain(asdict(self.config)),
+                    "config": plain(asdict(self.config)),
                 },
             )
-            write_manifest(temporary)
-        if limit := self.config.checkpoints_total_limit:
-            others = [other for other in checkpoints(self.config.output_dir) if other != folder]
-            for old in others[: max(len(others) + 1 - limit, 0)]:
-                # Renamed first, so that a kill here leaves no half a checkpoint.
-                shutil.rmtree(old.rename(old.with_name(f".{old.name}.{os.getpid()}-pruned.tmp")))
-        return folder
+
+    def check_space(self) -> None:
+        """Refuse to go on where a checkpoint would not fit onto the disk.
+
+        Raises:
+            CheckpointError: it would not.
+        """
+        self.config.output_dir.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.config.output_dir).free
+        if (needed := self.checkpoint_bytes()) > free:
+            raise CheckpointError(
+                f"{self.config.output_dir}: the disk has {free / 1e9:.3g} GB left and a checkpoint"
+                f" takes {needed / 1e9:.3g} GB; make room and resume"
+            )
+
+    def checkpoint_bytes(self) -> int:
+        """What a checkpoint takes on the disk: weights twice, moments, average, frozen models."""
+        size = sum(_bytes(module) for module in self.stage.frozen().values())
+        for name, module in self.modules.items():
+            size += (3 + (name in self.averages) + (name in self.stage.averaged)) * _bytes(module)
+        return size + 2**20
 
     def save_model(self, folder: Path) -> None:
         """Write the model that this run has made so far: the average, if there is one."""
@@ -144,6 +212,9 @@ class TrainingState:
         stored = read_json(state / "state.json")
         self._refuse_changes(stored, folder)
         for name, module in self.modules.items():
+            if self.sharded or (state / name).is_dir():
+                self._load_sharded(name, state)
+                continue
             file = state / f"{name}.safetensors"
             # Optimizer and average hold on to the parameters: change the numbers, not the objects.
             load_weights(module, read_tensors(file), file, assign=False)
@@ -152,7 +223,18 @@ class TrainingState:
                 self.averages[name].load(read_tensors(state / f"{name}.average.safetensors"))
         if self.scaler and stored["scaler"]:
             self.scaler.load_state_dict(stored["scaler"])
-        self.step = stored["step"]
+        self.step, self.skipped = stored["step"], stored["skipped"]
+
+    def _load_sharded(self, name: str, state: Path) -> None:
+        """Into slices or whole tensors, from the files of any number of processes."""
+        module, moments = self.modules[name], self.optimizers[name].state
+        for parameter in module.parameters():
+            zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            moments[parameter] = zeros | {"step": torch.zeros((), device=parameter.device)}
+        load_sharded(state / name, module.state_dict())
+        load_sharded(state / f"{name}.optimizer", self._moments(name))
+        if name in self.averages:
+            load_sharded(state / f"{name}.average", self.averages[name].average)
 
     def _moments(self, player: str) -> dict[str, Tensor]:
         optimizer, module = self.optimizers[player], self.modules[player]
@@ -176,24 +258,22 @@ class TrainingState:
             state[parameter] = moments | {"step": tensors[f"{name}.step"].to(parameter.device)}
 
     def _refuse_changes(self, stored: dict[str, Any], folder: Path) -> None:
-        if stored["data"] != self.fingerprint:
-            raise CheckpointError(
-                f"{folder} was trained on other data ({stored['data']}, now {self.fingerprint});"
-                " restore the data, or start anew in another output_dir"
-            )
-        now, then = _plain(asdict(self.config)), stored["config"]
+        now, then = _flat(asdict(self.config)), stored["config"]
+        # Options that are younger than the checkpoint had their default values.
+        then = _flat(asdict(type(self.config)()) | then)
         # A run may be prolonged if the steps that are done would have been the same.
-        before = replace(self.config, **{k: then[k] for k in LEARNING_RATE if k in then})
+        before = replace(self.config, **{k: then[k] for k in LEARNING_RATE})
         same = all(
             learning_rate_at(before, step, 1.0) == learning_rate_at(self.config, step, 1.0)
             for step in range(stored["step"])
         )
         free = FREE | (LEARNING_RATE if same else set())
-        changed = [k for k in now if k not in free and now[k] != then.get(k)]
-        if changed:
-            shown = "; ".join(f"{k} was {then.get(k)}, is {now[k]}" for k in changed[:4])
+        now, then = now | self.identity, then | stored["identity"]
+        names = [name for name in now | then if name.split(".")[0] not in free]
+        if changed := [name for name in names if now.get(name) != then.get(name)]:
+            shown = "; ".join(f"{k} was {then.get(k)}, is {now.get(k)}" for k in changed[:4])
             raise CheckpointError(
-                f"{folder} was trained with other options: {shown}; restore them, or start anew in"
+                f"{folder} was trained with something else: {shown}; restore it, or start anew in"
                 " another output_dir"
             )
 
@@ -252,13 +332,75 @@ def publish(checkpoint: Path, output_dir: Path) -> None:
             with atomic_folder(output_dir / part.name) as temporary:
                 shutil.copytree(part, temporary, dirs_exist_ok=True)
         else:
-            shutil.copy2(part, output_dir / part.name)
+            with atomic_file(output_dir / part.name) as temporary:
+                shutil.copyfile(part, temporary)
 
 
-def _plain(value: Any) -> Any:
-    """A configuration as JSON would give it back."""
+def not_finite(module: nn.Module) -> str | None:
+    """The first tensor of a module that holds NaN or infinity."""
+    named = [(k, v) for k, v in module.state_dict().items() if v.is_floating_point()]
+    finite = torch.stack([whole(v.isfinite().all()) for _, v in named])
+    return None if finite.all() else named[int(finite.int().argmin())][0]
+
+
+def is_main_process() -> bool:
+    """Whether this process writes what is written once."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@contextmanager
+def exclusive(output_dir: Path) -> Iterator[None]:
+    """Hold an output folder, so that no other run writes into it.
+
+    Raises:
+        ConfigError: another one does.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / ".lock").open("a") as file:
+        try:
+            # Ends with this process, however; one of `flock` would end with its loader workers.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another training writes into {output_dir}; choose another --output_dir"
+            ) from None
+        yield
+
+
+@contextmanager
+def full_disk_is_an_error(place: Path) -> Iterator[None]:
+    """Inside, a file that cannot be written is one line.
+
+    Raises:
+        CheckpointError: with that line.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise CheckpointError(
+            f"{place} cannot be written ({reason}); checkpoints that stand are whole: make room"
+            " and resume from latest"
+        ) from None
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in module.state_dict().values())
+
+
+def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A configuration as JSON would give it back, its nested options by their dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in plain(options).items():
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
+
+
+def plain(value: Any) -> Any:
+    """A configuration as JSON gives it back."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value

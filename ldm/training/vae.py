@@ -20,6 +20,8 @@ from torch.utils.data import Dataset
 
 from ldm.checkpoint.folder import load_vae, save_vae
 from ldm.checkpoint.locate import locate_model
+from ldm.data.buckets import check_steps
+from ldm.data.order import Place
 from ldm.data.sample import DataSource
 from ldm.errors import ConfigError
 from ldm.images import image_grid, to_pil
@@ -38,15 +40,17 @@ class VaeData(Dataset[Batch]):
 
     source: DataSource
     config: VaeTraining
-    latent_shape: tuple[int, int, int]
+    latent_channels: int
+    downsample_factor: int
     validation: bool
 
-    def __getitem__(self, place: tuple[int, int]) -> Batch:
-        index, visit = place
+    def __getitem__(self, place: Place) -> Batch:
         augment = not self.validation
-        pixels, _ = load_sample(self.source, index, visit, self.config, augment=augment)
-        draws = Draws(self.config.seed, "posterior", index, visit)
-        return {"pixels": pixels, "noise": torch.from_numpy(draws.normal(*self.latent_shape))}
+        pixels, _ = load_sample(self.source, place, self.config, augment=augment)
+        draws = Draws(self.config.seed, "posterior", place.index, place.visit)
+        height, width = (side // self.downsample_factor for side in pixels.shape[1:])
+        noise = draws.normal(self.latent_channels, height, width)
+        return {"pixels": pixels, "noise": torch.from_numpy(noise)}
 
 
 class VaeStage(Stage):
@@ -63,6 +67,8 @@ class VaeStage(Stage):
         else:
             self.vae = AutoencoderKL(config.vae)
         check_resolution(config.resolution, self.vae.config.downsample_factor)
+        if config.enable_bucket:
+            check_steps(config.bucket_reso_steps, self.vae.config.downsample_factor)
         self.vae.gradient_checkpointing = config.gradient_checkpointing
         if config.decoder_only:
             self.vae.encoder.requires_grad_(False)
@@ -78,9 +84,10 @@ class VaeStage(Stage):
             self.perceptual.to(device)
 
     def dataset(self, source: DataSource, *, validation: bool) -> VaeData:
-        side = self.config.resolution // self.vae.config.downsample_factor
-        shape = (self.vae.config.latent_channels, side, side)
-        return VaeData(source, self.config, shape, validation)
+        shape = self.vae.config
+        return VaeData(
+            source, self.config, shape.latent_channels, shape.downsample_factor, validation
+        )
 
     def active(self, step: int) -> list[str]:
         start = self.config.disc_start
@@ -98,7 +105,7 @@ class VaeStage(Stage):
             return self._discriminator_loss(pixels, batch["reconstruction"])
         images, posterior = self.players["vae"](pixels, batch["noise"])  # b 3 H W
         batch["reconstruction"] = images.detach()
-        images = images.float()
+        images = images.to(pixels.dtype)  # losses are not taken in half precision
         difference = images - pixels
         l1 = self.config.rec_loss == "l1"
         reconstruction = difference.abs().mean() if l1 else difference.square().mean()
@@ -109,7 +116,7 @@ class VaeStage(Stage):
             reconstruction = reconstruction + self.config.perceptual_scale * figures["perceptual"]
         loss = reconstruction + self.config.kl_scale * kl
         if len(self.active(step)) > 1:
-            figures["adversarial"] = -self.players["discriminator"](images).float().mean()
+            figures["adversarial"] = -self.players["discriminator"](images).to(pixels.dtype).mean()
             weight = self._adaptive_weight(reconstruction, figures["adversarial"])
             loss = loss + self.config.disc_scale * weight * figures["adversarial"]
         return {"loss": loss, **figures}
@@ -127,9 +134,9 @@ class VaeStage(Stage):
     @torch.no_grad()
     def preview(self) -> Image:
         """Pictures of the validation data above what becomes of them."""
-        data = self.dataset(self.validation_data, validation=True)
+        data = self.samples(self.validation_data, validation=True)
         count = min(8, len(self.validation_data))
-        pixels = torch.stack([data[i, 0]["pixels"] for i in range(count)]).to(self.device)
+        pixels = torch.stack([data.read(Place(i))["pixels"] for i in range(count)]).to(self.device)
         rows = to_pil(torch.cat([pixels, self.vae(pixels)[0].float()]))
         return image_grid(rows, columns=count)
 
@@ -142,13 +149,13 @@ class VaeStage(Stage):
     @torch.no_grad()
     def _latent_std(self) -> float:
         """Standard deviation of raw latents over the training pictures (Rombach, appendix G)."""
-        data = self.dataset(self.train_data, validation=True)
+        data = self.samples(self.train_data, validation=True)
         length = len(self.train_data)
         count = min(SCALE_SAMPLES, length)
         places = [i * length // count for i in range(count)]  # data may be sorted by what it shows
         total = square = number = 0.0
         for start in range(0, count, 32):
-            items = [data[place, 0] for place in places[start : start + 32]]
+            items = [data.read(Place(place)) for place in places[start : start + 32]]
             pixels = torch.stack([item["pixels"] for item in items]).to(self.device)
             noise = torch.stack([item["noise"] for item in items]).to(self.device)
             latents = self.vae.encode(pixels).sample(noise).cpu().double()
@@ -159,7 +166,7 @@ class VaeStage(Stage):
 
     def _discriminator_loss(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         """The hinge loss (Lim and Ye 2017)."""
-        judged = self.players["discriminator"](torch.cat([real, fake])).float()  # 2b 1 p p
+        judged = self.players["discriminator"](torch.cat([real, fake])).to(real.dtype)  # 2b 1 p p
         real_logits, fake_logits = judged.chunk(2)
         loss = 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
         return {"loss": loss, "real": real_logits.mean(), "fake": fake_logits.mean()}

@@ -3,15 +3,21 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny import UNET, make_pipeline, randomize
 
+from ldm.config import ScheduleConfig
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import ConfigError, DataError
 from ldm.metadata import read_parameters, read_record, save_picture
+from ldm.models.unet import UNet
+from ldm.pipeline import LatentDiffusionPipeline
 
 DRAW = {
     "alone": ("txt2img", "a red flower"),
@@ -68,6 +74,27 @@ def test_every_picture_is_identical(script, place, verify, words):
     files = sorted((place / "out" / "samples").iterdir())
     for file in files:
         assert verify(file) == (0, f"identical: {file}")
+
+
+def test_a_class_is_drawn_again(script, place, verify):
+    """A model with classes and a learned variance, by the sampler that uses both."""
+    tiny = make_pipeline()
+    unet = UNet(replace(UNET, num_class_embeds=4, out_channels=8)).eval()
+    randomize(unet)
+    schedule = NoiseSchedule(ScheduleConfig(variance_type="learned_range"))
+    parts = tiny.components | {"unet": unet, "schedule": schedule}
+    LatentDiffusionPipeline(**parts).save_pretrained("classes")
+    draw = ("txt2img", "a", "b", "--sampler", "ddpm", "--steps", 3, "--outdir", "out")
+    for label in (2, 0):
+        script(*draw, "--class_label", label, model="classes")
+    for number, label in enumerate((2, 2, 0, 0)):
+        file = place / "out" / "samples" / f"{number:05}.png"
+        made = read_record(file)["settings"]
+        assert (made["class_labels"], made["variance"]) == (label, "learned_range")
+        assert f"Class labels: {label}" in read_parameters(file)
+        assert verify(file) == (0, f"identical: {file}")
+    with pytest.raises(ConfigError, match="class_labels is 3; this model has classes 0 to 2"):
+        script(*draw, "--class_label", 3, model="classes")
 
 
 def test_a_changed_byte_names_the_unet(drawn, place, verify):

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from ldm.config import ScheduleConfig
-from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.denoiser import Denoiser, LearnedVariance
 from ldm.diffusion.prediction import from_vp, to_vp
 from ldm.diffusion.samplers import get_sampler
 from ldm.diffusion.schedule import NoiseSchedule
@@ -143,6 +143,25 @@ def test_ddpm_fixed_large(monkeypatch, spacing, steps):
     mine, sigmas = ours("ddpm", config, steps, spacing, options={"variance": "fixed_large"})
     exact_tables(reference, config)
     assert_same(at_vp(mine, sigmas), theirs(monkeypatch, reference, steps))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(("spacing", "steps"), [g for g in GRIDS if g[0] != "trailing"])
+def test_ddpm_learned_range(monkeypatch, spacing, steps, prediction):
+    def predicts_variance(x, t, context=None):
+        return torch.cat([network(x, t), torch.sin(3 * x)], dim=1)
+
+    options = {"prediction_type": prediction, "steps_offset": 0, "variance_type": "learned_range"}
+    reference = diffusers.DDPMScheduler(
+        **BETAS, **options, clip_sample=False, timestep_spacing=spacing
+    )
+    config = ScheduleConfig(**options)
+    learned = LearnedVariance(predicts_variance)
+    own = {"variance": "learned_range", "predicted_variance": learned.predicted_variance}
+    mine, sigmas = ours("ddpm", config, steps, spacing, options=own, net=learned)
+    exact_tables(reference, config)
+    expected = theirs(monkeypatch, reference, steps, net=predicts_variance)
+    assert_same(at_vp(mine, sigmas), expected)
 
 
 # diffusers' DDIM steps to t - T // steps whatever timestep it visits next. Where that is not the

@@ -58,6 +58,7 @@ def reference(config: UNetConfig) -> UNet2DConditionModel:
         use_linear_projection=config.use_linear_projection,
         norm_num_groups=config.norm_num_groups,
         norm_eps=config.norm_eps,
+        num_class_embeds=config.num_class_embeds,
     )
 
 
@@ -106,6 +107,19 @@ def test_equals_diffusers(config: UNetConfig, size: tuple[int, int]) -> None:
     x, context = inputs(config, 2, *size)
     t = torch.tensor([3, 981])
     assert error(ours(x, t, context), theirs(x, t, context).sample) < 1e-5
+
+
+@torch.no_grad()
+def test_classes_equal_diffusers() -> None:
+    """The class without a label is the table's last row."""
+    ours, theirs = pair(dataclasses.replace(OTHER, num_class_embeds=5))
+    x, context = inputs(OTHER)
+    t, labels = torch.tensor([3, 981]), torch.tensor([0, 3])
+    expected = theirs(x, t, context, class_labels=labels).sample
+    assert error(ours(x, t, context, labels), expected) < 1e-5
+    none = theirs(x, t, context, class_labels=torch.tensor([4, 4])).sample
+    assert error(ours(x, t, context), none) < 1e-5
+    assert error(expected, none) > 0.01
 
 
 @pytest.mark.parametrize(
@@ -182,7 +196,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     assert gradients(True, train=False)[0] == 1
     assert len(kept) == len(list(unet.parameters()))
     for ours, theirs in zip(recomputed, kept, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-5)
+        assert torch.equal(ours, theirs)
 
 
 @torch.no_grad()

@@ -1,17 +1,24 @@
 """The clip stage against transformers' CLIPModel and open_clip's tokenizer."""
 
-from contextlib import nullcontext
-from types import SimpleNamespace
-
 import pytest
 import torch
-from accelerate import Accelerator
-from train_helpers import CLIP, first_batch, metrics, prepared, run, weights
+from train_helpers import (
+    CLIP,
+    first_batch,
+    metrics,
+    own_processes,
+    prepared,
+    prepared_run,
+    run,
+    weights,
+)
 
 from ldm.checkpoint.folder import load_text_encoder
 from ldm.checkpoint.tokenizer import clip_tokenizer
+from ldm.data.order import Place
 from ldm.data.sources import Subset
 from ldm.training.clip import MEAN, STD
+from ldm.training.stop import Stop
 
 WORDS = [
     "a red flower", "the cat and the dog on a white wall", "two yellow tulips in the grass",
@@ -92,7 +99,7 @@ def test_folders_open_in_transformers(trained, options):
     stage, data, _ = prepared("clip", **options)
     sample = data[0].image
     theirs = CLIPImageProcessor.from_pretrained(trained / "clip")(sample, return_tensors="pt")
-    mine = (stage.dataset(data, validation=True)[0, 0]["pixels"] + 1) / 2
+    mine = (stage.dataset(data, validation=True)[Place(0)]["pixels"] + 1) / 2
     mine = ((mine - stage.mean) / stage.std)[0]
     torch.testing.assert_close(theirs["pixel_values"][0], mine.float(), rtol=1e-4, atol=1e-4)
 
@@ -165,9 +172,13 @@ def test_validation_batches_are_equal(options, monkeypatch):
 
     sizes = []
     monkeypatch.setattr(loop, "VALIDATION_BATCH", 4)
-    stage, _, validation = prepared("clip", **options)
-    validate = stage.validate
-    monkeypatch.setattr(stage, "validate", lambda b: sizes.append(len(b["caption"])) or validate(b))
-    state = SimpleNamespace(averaged=nullcontext)
-    loop._validate(stage, Subset(validation, range(5)), state, Accelerator(cpu=True))
+    with own_processes():
+        made = prepared_run("clip", **options)
+        made.validation_data = Subset(made.validation_data, range(5))
+        validate = made.stage.validate
+        monkeypatch.setattr(
+            made.stage, "validate", lambda b: sizes.append(len(b["caption"])) or validate(b)
+        )
+        figures, _ = made.validate(Stop())
     assert sizes == [2, 3]
+    assert 0 <= figures["accuracy"] <= 1 and figures["loss"] > 0

@@ -1,17 +1,20 @@
 """The unet stage against diffusers' noise, torch's AdamW and closed forms."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils.data import default_collate
 from train_helpers import UNET, first_batch, make_config, metrics, prepared, run, weights
 
 from ldm.config import UNetConfig
-from ldm.data.order import positions
-from ldm.errors import ConfigError
-from ldm.models.autoencoder import DiagonalGaussian
+from ldm.data.order import Place, Shuffled
+from ldm.errors import CheckpointError, ConfigError, DataError
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.rng import Draws
 from ldm.training.config import learning_rate_at
@@ -48,26 +51,106 @@ def test_loss_is_the_epsilon_objective(options):
     torch.testing.assert_close(stage.validate(batch)["loss"].mean(), expected, rtol=1e-5, atol=0)
 
 
-def test_cached_and_fresh_encodings_agree(options):
-    fresh, data, _ = prepared("unet", **options)
-    cached, same, validation = prepared("unet", **options, cache_latents=True)
-    one, other = first_batch(fresh, data), first_batch(cached, same)
-    torch.testing.assert_close(fresh._latents(one), cached._latents(other), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(fresh._context(one), cached._context(other), rtol=1e-4, atol=1e-5)
-    assert set(cached.caches) == {same.fingerprint, validation.fingerprint}
-    cache = cached.caches[same.fingerprint]
-    assert len(cache.contexts) == 1 + len({same[i].caption for i in range(len(same))})
-    moments = DiagonalGaussian.from_moments(cache.moments)
-    assert torch.equal(moments.mean, cache.moments[:, :4])
+SHAPES = {"enable_bucket": True, "min_bucket_reso": 16, "bucket_reso_steps": 8}
+
+
+@pytest.mark.parametrize("own", [{}, {"random_flip": True}, {"random_flip": True} | SHAPES])
+def test_cached_losses_are_uncached_losses(options, pictures, tmp_path, own):
+    """Over three epochs, in which most pictures are seen from both sides."""
+    (tmp_path / "oblong").mkdir()
+    for number, file in enumerate(sorted(pictures.glob("*.png"))):
+        size = (40, 24) if number % 2 else (24, 40)
+        Image.open(file).resize(size).save(tmp_path / "oblong" / file.name)
+        shutil.copy(file.with_suffix(".txt"), tmp_path / "oblong")
+    own = options | own | {"train_data_dir": str(tmp_path / "oblong")}
+    fresh, data, held_out = prepared("unet", **own)
+    cached, _, _ = prepared("unet", **own, cache_latents=True, latent_cache_dir=tmp_path / "cache")
+    cached.vae.encode = cached.text_encoder.encode = None
+    shapes = set()
+    for step in range(3 * len(data) // 4):
+        one, other = (first_batch(stage, data, step=step) for stage in (fresh, cached))
+        with torch.no_grad():
+            expected, found = fresh.loss("unet", one, step), cached.loss("unet", other, step)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+        shapes.add(tuple(one["pixels"].shape[2:]))
+    assert shapes == ({(40, 24), (24, 40)} if "enable_bucket" in own else {(32, 32)})
+    batches = [
+        default_collate([stage.dataset(held_out, validation=True)[Place(i)] for i in range(6)])
+        for stage in (fresh, cached)
+    ]
+    with torch.no_grad():
+        expected, found = fresh.validate(batches[0]), cached.validate(batches[1])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_a_cache_is_written_once_and_shared(options, tmp_path, monkeypatch):
+    own = options | {"random_flip": True, "cache_latents": True, "validation_steps": 2}
+    workers = {"dataloader_num_workers": 2}
+    first = metrics(run("unet", **own, **workers, output_dir=tmp_path / "first"))
+    monkeypatch.setattr("ldm.models.autoencoder.AutoencoderKL.encode", None)
+    own |= {"latent_cache_dir": tmp_path / "first" / "latents"}
+    assert metrics(run("unet", **own, output_dir=tmp_path / "again")) == first
+
+
+def test_a_bad_picture_is_the_same_cached(options, pictures, tmp_path):
+    """Another one stands in, and it is told of; or the run ends, before its first step."""
+    shutil.copytree(pictures, tmp_path / "pictures")
+    own = options | {"train_data_dir": str(tmp_path / "pictures"), "random_flip": True}
+    caching = {"cache_latents": True, "latent_cache_dir": tmp_path / "cache"}
+    fresh, data, _ = prepared("unet", **own, on_bad_sample="skip")
+    for index in (1, 2):
+        file = tmp_path / "pictures" / data.key(index)
+        file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(DataError, match=rf"^{data.key(1)}: .*damaged or cut short"):
+        prepared("unet", **own, **caching)
+    cached, same, _ = prepared("unet", **own, **caching, on_bad_sample="skip")
+    places = [Place(index, visit) for index in range(4) for visit in range(3)]
+    one, other = (
+        default_collate([samples.read(place) for place in places])
+        for samples in (
+            fresh.samples(data, validation=False),
+            cached.samples(same, validation=False),
+        )
+    )
+    assert [line.split(":")[0] for line in one["bad"]] == [
+        data.key(place.index) if place.index in (1, 2) else "" for place in places
+    ]
+    assert other["bad"] == one["bad"] and torch.equal(other["noise"], one["noise"])
+    with torch.no_grad():
+        losses = fresh.validate(one), cached.validate(other)
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+
+
+def test_a_cache_of_another_vae_is_refused(options, tiny_model_folder, tmp_path):
+    own = options | {"cache_latents": True, "latent_cache_dir": tmp_path / "cache"}
+    prepared("unet", **own)
+    shutil.copytree(tiny_model_folder / "vae", tmp_path / "other" / "vae")
+    file = next((tmp_path / "other" / "vae").glob("*.safetensors"))
+    tensors = {name: tensor + 1e-6 for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="cache/train was made with another VAE "):
+        prepared("unet", **own, pretrained_vae_model_name_or_path=str(tmp_path / "other"))
+    with pytest.raises(
+        CheckpointError, match="another preprocessing .32 pixels, lanczos then, 32 p"
+    ):
+        prepared("unet", **own, random_flip=True)
+
+
+def test_buckets_that_the_vae_does_not_divide_are_refused(options):
+    own = {"enable_bucket": True, "min_bucket_reso": 16, "bucket_reso_steps": 6}
+    with pytest.raises(ConfigError, match="bucket_reso_steps 6 is not a multiple of 4"):
+        prepared("unet", **options, **own)
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_draws_have_the_address_of_their_sample(options, cached):
+def test_draws_have_the_address_of_their_sample(options, cached, tmp_path):
     """(seed, purpose, sample, visit), on whatever step; captions are dropped by it, too."""
-    stage, data, _ = prepared("unet", **options, seed=5, cache_latents=cached)
+    own = options | {"seed": 5, "cache_latents": cached, "latent_cache_dir": tmp_path}
+    stage, data, _ = prepared("unet", **own)
     for step in (0, 7):  # 16 samples in batches of 4: step 7 is of the second visit
         batch = first_batch(stage, data, step=step)
-        for row, (index, visit) in enumerate(positions(5, step, 4, len(data))):
+        for row, place in enumerate(Shuffled(5, 4, len(data)).batch(step)):
+            index, visit = place.index, place.visit
             assert visit == (0 if step == 0 else 1)
             noise = Draws(5, "noise", index, visit).normal(4, 8, 8)
             assert batch["noise"][row].numpy().tobytes() == noise.tobytes()
@@ -83,17 +166,20 @@ def test_draws_have_the_address_of_their_sample(options, cached):
                 assert batch["caption"][row] == caption
 
 
-def test_caption_dropout_rate(options):
+def test_caption_dropout_rate(options, tmp_path):
     """Binomial: 1600 visits at 0.3 stray by more than 4 standard deviations once in 16000 runs."""
-    stage, data, validation = prepared("unet", **options, cache_latents=True)
+    own = options | {"cache_latents": True, "latent_cache_dir": tmp_path}
+    stage, data, validation = prepared("unet", **own)
     items = stage.dataset(data, validation=False)
-    empty = stage.caches[data.fingerprint].contexts[0]
-    drops = [
-        torch.equal(items[i, visit]["context"], empty) for i in range(16) for visit in range(100)
-    ]
+    empty = stage.text_encoder.encode([""])[0]
+
+    def is_empty(item):
+        return torch.allclose(item["context"], empty, rtol=1e-5, atol=1e-6)
+
+    drops = [is_empty(items[Place(i, visit)]) for i in range(16) for visit in range(100)]
     assert abs(sum(drops) / 1600 - 0.3) < 4 * (0.3 * 0.7 / 1600) ** 0.5
     checks = stage.dataset(validation, validation=True)
-    assert not any(torch.equal(checks[i, 0]["context"], empty) for i in range(6))
+    assert not any(is_empty(checks[Place(i)]) for i in range(6))
 
 
 @pytest.mark.parametrize("clipping", [1e-3, 1e9])
@@ -153,7 +239,7 @@ def test_every_checkpoint_draws_what_its_average_draws(options, tmp_path):
             name.split(":")[1]: t for name, t in saved.items() if name.startswith("unet.average")
         }
         stage.unet.load_state_dict(average)
-        ours = stage._pipeline()
+        ours = stage._pipeline(stage.unet)
         ours.set_progress_bar_config(disable=True)
         assert torch.equal(ours("a red rose", seed=3, output_type="pt").images, pictures[-1])
     assert not torch.equal(pictures[0], pictures[1])  # it has learnt in between
@@ -185,9 +271,7 @@ def test_validation_is_of_the_average_and_the_same_every_time(options, tmp_path)
     output = run("unet", **moving, max_train_steps=3, output_dir=tmp_path / "moving")
     stage, _, validation = prepared("unet", **moving)
     items = stage.dataset(validation, validation=True)
-    from torch.utils.data import default_collate
-
-    batch = default_collate([items[i, 0] for i in range(len(validation))])
+    batch = default_collate([items[Place(i)] for i in range(len(validation))])
     found = {}
     for kind in ("unet.average", "unet"):
         saved = weights(output / "checkpoint-3" / "training_state")
@@ -248,15 +332,13 @@ def test_frozen_on_purpose_stays_frozen(options, tmp_path, monkeypatch):
 
 
 def test_going_on_with_another_run_is_refused(options, tmp_path):
-    from ldm.errors import CheckpointError
-
     own = options | {"output_dir": tmp_path / "run", "max_train_steps": 1}
     run("unet", **own)
     with pytest.raises(ConfigError, match="holds checkpoints already; add --resume"):
         run("unet", **own)
     with pytest.raises(CheckpointError, match="learning_rate was 0.001, is 0.002"):
         run("unet", **own | {"learning_rate": 2e-3}, resume_from_checkpoint="latest")
-    with pytest.raises(CheckpointError, match="trained on other data"):
+    with pytest.raises(CheckpointError, match="data was .* samples, .*, is .* samples"):
         run("unet", **own | {"train_data_dir": "flowers"}, resume_from_checkpoint="latest")
 
 
@@ -266,7 +348,9 @@ def test_no_pickle_anywhere(options, tmp_path):
     output = run("unet", **own, output_dir=tmp_path / "run")
     files = [f for f in output.rglob("*") if f.is_file()]
     data = {".json", ".jsonl", ".safetensors", ".png", ".txt", ".yml"}
-    assert {f.suffix for f in files if "tfevents" not in f.name} <= data
+    named = [f for f in files if "tfevents" not in f.name and f.name != ".lock"]
+    assert {f.suffix for f in named} <= data
+    assert (output / ".lock").stat().st_size == 0
     events = [f for f in files if "tfevents" in f.name]
     assert events
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -277,32 +361,28 @@ def test_no_pickle_anywhere(options, tmp_path):
 
 
 def test_divergence_is_told_and_not_saved(options, tmp_path, capsys):
-    own = options | {"learning_rate": 1e30, "lr_warmup_steps": 0, "checkpointing_steps": 1}
+    own = options | {"learning_rate": 1e30, "lr_warmup_steps": 0, "max_train_steps": 20}
     with pytest.raises(ConfigError, match="the training diverges") as error:
-        run("unet", **own, output_dir=tmp_path / "run", logging_steps=100)
+        run("unet", **own, output_dir=tmp_path / "run", validation_steps=6)
     assert "\n" not in str(error.value)
-    rows = metrics(tmp_path / "run")
-    assert rows[-1]["loss"] != rows[-1]["loss"] or rows[-1]["loss"] == float("inf")  # in the log
-    left = [f.name for f in (tmp_path / "run").glob("checkpoint-*")]
-    assert f"checkpoint-{rows[-1]['step']}" not in left
+    rows = [row for row in metrics(tmp_path / "run") if "loss" in row]
+    assert len(rows) == 11 and rows[-1]["loss"] is None
+    assert "no sample grid: " in capsys.readouterr().out
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 def test_unknown_and_absent_trackers(options, tmp_path, monkeypatch, capsys):
-    from ldm.training import loop
+    from ldm.training import log
 
     with pytest.raises(ConfigError, match="did you mean 'tensorboard'"):
         run("unet", **options, output_dir=tmp_path / "a", report_to="tensorbord")
-    monkeypatch.setattr(loop, "get_available_trackers", lambda: [])
+    monkeypatch.setattr(log, "get_available_trackers", lambda: [])
     config = make_config("unet", **options, output_dir=tmp_path, report_to="tensorboard")
-    assert loop._tracker(config) is None
+    assert log.find_tracker(config) is None
     assert "tensorboard is not installed" in capsys.readouterr().out
 
 
 def test_a_damaged_picture_is_one_line_from_a_worker_too(options, pictures, tmp_path):
-    import shutil
-
-    from ldm.errors import DataError
-
     folder = tmp_path / "pictures"
     shutil.copytree(pictures, folder)
     for file in folder.glob("*.png"):

@@ -2,9 +2,19 @@
 
 import pytest
 import torch
-from train_helpers import VAE, first_batch, metrics, prepared, run, weights
+from train_helpers import (
+    VAE,
+    first_batch,
+    metrics,
+    own_processes,
+    prepared,
+    prepared_run,
+    run,
+    weights,
+)
 
 from ldm.checkpoint.folder import load_vae
+from ldm.data.order import Place
 from ldm.models.discriminator import PatchDiscriminator
 
 
@@ -83,21 +93,17 @@ def test_discriminator_loss_is_the_hinge(options):
 
 def test_players_leave_each_others_gradients_alone(options):
     """The loop's gradients are those of each player's own loss, and nothing besides."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    from ldm.training.loop import _gradients
-
-    stage, data, _ = prepared("vae", **options)
-    batch = first_batch(stage, data)
-    expected = {}
-    for name, module in stage.players.items():
-        own = list(module.parameters())
-        loss = stage.loss(name, batch, step=2)["loss"]
-        expected[name] = torch.autograd.grad(loss, own)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    _gradients(stage, ["vae", "discriminator"], [batch], 2, Accelerator(cpu=True))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    with own_processes():
+        made = prepared_run("vae", **options)
+        stage, data = made.stage, made.data
+        batch = first_batch(stage, data)
+        expected = {}
+        for name, module in stage.players.items():
+            own = list(module.parameters())
+            loss = stage.loss(name, batch, step=2)["loss"]
+            expected[name] = torch.autograd.grad(loss, own)
+        made.state.step = 2
+        made._gradients(["vae", "discriminator"], [batch])
     for name, module in stage.players.items():
         for parameter, gradient in zip(module.parameters(), expected[name], strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
@@ -130,7 +136,7 @@ def test_scaled_latents_have_unit_variance(trained, options):
     vae = load_vae(trained / "vae")
     assert vae.config.scaling_factor != VAE.scaling_factor
     items = stage.dataset(data, validation=True)
-    batch = [items[i, 0] for i in range(len(data))]
+    batch = [items[Place(i)] for i in range(len(data))]
     pixels = torch.stack([item["pixels"] for item in batch])
     noise = torch.stack([item["noise"] for item in batch])
     with torch.no_grad():
@@ -150,7 +156,7 @@ def test_scale_is_measured_over_all_of_sorted_data(options, monkeypatch):
         module.VaeData, "__getitem__", lambda self, at: asked.append(at) or fetch(self, at)
     )
     stage._latent_std()
-    assert len(data) == 16 and asked == [(0, 0), (4, 0), (8, 0), (12, 0)]
+    assert len(data) == 16 and [place.index for place in asked] == [0, 4, 8, 12]
 
 
 def test_folder_opens_in_diffusers(trained, options):

@@ -126,7 +126,7 @@ WRONG = [
         "set gradient_accumulation_steps to 1",
     ),
     (UNetTraining, {"proportion_empty_prompts": 1.5}, "proportion_empty_prompts is 1.5"),
-    (UNetTraining, {"cache_latents": True, "random_flip": True}, "cache_latents keeps one view"),
+    (UNetTraining, {"cache_latents": True, "center_crop": False}, "cache_latents keeps one crop"),
 ]
 
 

@@ -72,3 +72,19 @@ def test_load():
     expected = 0.9 * saved["weight"] + 0.1 * module.weight.detach()
     torch.testing.assert_close(ema.average["weight"], expected)
     assert torch.equal(saved["weight"], torch.ones(2, 3))  # what was read stays as it was
+
+
+@pytest.mark.parametrize("step", [0, 5, 1000])  # lerp has one formula below a half, one above
+def test_a_skipped_step_leaves_no_trace(step):
+    torch.manual_seed(0)
+    one, other = nn.Linear(30, 7), nn.Linear(30, 7)
+    averages = [EMA(one, 0.999) for _ in range(3)]
+    one.load_state_dict(other.state_dict())
+    before = {name: tensor.clone() for name, tensor in averages[0].average.items()}
+    averages[0].update(step, torch.tensor(1.0))
+    averages[1].update(step, torch.tensor(0.0))
+    averages[2].update(step)
+    for name, tensor in before.items():
+        assert torch.equal(averages[0].average[name], tensor)
+        assert torch.equal(averages[1].average[name], averages[2].average[name])
+        assert not torch.equal(averages[2].average[name], tensor)

@@ -74,6 +74,8 @@ SCHEDULES = {
         num_train_timesteps=2, beta_schedule="cosine_signal_rates", trained_betas=(0.1, 0.25)
     ),
     "squared cosine": ScheduleConfig(beta_schedule="squaredcos_cap_v2", set_alpha_to_one=True),
+    "large variance": ScheduleConfig(variance_type="fixed_large"),
+    "learned variance": ScheduleConfig(variance_type="learned_range", timestep_spacing="trailing"),
 }
 
 
@@ -194,7 +196,7 @@ SMALLEST = {
         ("unet", "class_embed_type", "timestep"),
         ("unet", "addition_embed_type", "text_time"),
         ("unet", "time_cond_proj_dim", 256),
-        ("unet", "num_class_embeds", 10),
+        ("unet", "num_class_embeds", 1),
         ("unet", "conv_in_kernel", 5),
         ("unet", "mid_block_type", None),
         ("unet", "dropout", 0.1),
@@ -269,6 +271,19 @@ def test_a_schedule_of_other_tools_is_read_as_diffusers_pipeline_does(tmp_path):
         options = {f"use_{spacing}_sigmas": True, "timestep_spacing": "trailing"}
         diffusers.EulerDiscreteScheduler(**options).save_pretrained(tmp_path)
         assert load_schedule(tmp_path).config.timestep_spacing == spacing
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("learned_range", "learned_range"),
+        ("fixed_large", "fixed_large"),
+        ("fixed_small_log", "fixed_small"),  # the same numbers, by way of their logarithms
+    ],
+)
+def test_variance_types_of_diffusers(tmp_path, theirs, ours):
+    diffusers.DDPMScheduler(variance_type=theirs).save_pretrained(tmp_path)
+    assert load_schedule(tmp_path).config.variance_type == ours
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ OTHERS = {
     "variation_strength": 0.25,
     "eta": 0.3,
     "variance": "fixed_large",
+    "class_labels": 3,
     "clip_skip": 1,
     "long_prompts": "chunk",
     "prompt_weights": False,

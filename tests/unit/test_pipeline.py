@@ -377,7 +377,8 @@ def test_settings_say_what_is_not_as_usual(tiny_pipeline):
     assert said(eta=0.5) == plain | {"eta": 0.5}
     assert said(guidance_rescale=0.7) == plain | {"guidance_rescale": 0.7}
     large = said(sampler="ddpm", variance="fixed_large")
-    assert large["variance"] == "fixed_large" and "variance" not in said(sampler="ddpm")
+    assert large["variance"] == "fixed_large" and "variance" not in plain
+    assert said(sampler="ddpm")["variance"] == "fixed_small"  # the model's own
 
 
 def test_parts_that_do_not_fit_are_refused(tiny_pipeline):

@@ -9,44 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from layouts import error, metadata, pixels, png, tar, write
 from PIL import Image
 
+from ldm.data.folders import CaptionFolder, MetadataFolder
 from ldm.data.sample import DataSource
-from ldm.data.sources import (
-    CaptionFolder,
-    MetadataFolder,
-    Subset,
-    TarShards,
-    open_source,
-    split_source,
-)
+from ldm.data.shards import TarShards
+from ldm.data.sources import Subset, open_source, split_source
+from ldm.data.stored import Reading
 from ldm.errors import ConfigError, DataError
-
-
-def _pixels(number: int, side: int = 8) -> np.ndarray:
-    return np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
-
-
-def _png(number: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(_pixels(number)).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def _write(path: Path, data: bytes | str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data.encode() if isinstance(data, str) else data)
-    return path
-
-
-def _tar(path: Path, members: list[tuple[str, bytes | str]], mode: str = "w") -> Path:
-    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
-        for name, data in members:
-            data = data.encode() if isinstance(data, str) else data
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def _check(source: DataSource, expected: list[tuple[str, str, int]]) -> None:
@@ -56,27 +27,18 @@ def _check(source: DataSource, expected: list[tuple[str, str, int]]) -> None:
         key, caption, number = expected[index]
         sample = source[index]
         assert (sample.key, source.key(index), sample.caption) == (key, key, caption)
-        np.testing.assert_array_equal(np.asarray(sample.image), _pixels(number))
-
-
-def _error(call, *parts: str) -> None:
-    with pytest.raises(DataError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, message
+        np.testing.assert_array_equal(np.asarray(sample.image), pixels(number))
 
 
 # --- folders with caption files ---------------------------------------------------------------
 
 
 def test_caption_folder(tmp_path: Path) -> None:
-    _write(tmp_path / "b.PNG", _png(1))
-    _write(tmp_path / "b.txt", "\ufeffa rose\n")
-    _write(tmp_path / "deep/er/a.png", _png(2))
-    _write(tmp_path / "deep/er/a.txt", "eine Blüte")
-    _write(tmp_path / ".hidden.png", b"")
+    write(tmp_path / "b.PNG", png(1))
+    write(tmp_path / "b.txt", "\ufeffa rose\n")
+    write(tmp_path / "deep/er/a.png", png(2))
+    write(tmp_path / "deep/er/a.txt", "eine Blüte")
+    write(tmp_path / ".hidden.png", b"")
     source = open_source(tmp_path)
     assert isinstance(source, CaptionFolder)
     _check(source, [("b.PNG", "a rose", 1), ("deep/er/a.png", "eine Blüte", 2)])
@@ -87,16 +49,16 @@ def test_caption_folder(tmp_path: Path) -> None:
 
 
 def test_caption_extension(tmp_path: Path) -> None:
-    _write(tmp_path / "a.png", _png(1))
-    _write(tmp_path / "a.txt", "tags")
-    _write(tmp_path / "a.caption", "words")
-    assert open_source(tmp_path, caption_extension="caption")[0].caption == "words"
+    write(tmp_path / "a.png", png(1))
+    write(tmp_path / "a.txt", "tags")
+    write(tmp_path / "a.caption", "words")
+    assert open_source(tmp_path, Reading(caption_extension="caption"))[0].caption == "words"
     assert open_source(tmp_path)[0].caption == "tags"
 
 
 def test_class_folders(tmp_path: Path) -> None:
-    _write(tmp_path / "blue_rose/1.png", _png(1))
-    _write(tmp_path / "tulip/1.png", _png(2))
+    write(tmp_path / "blue_rose/1.png", png(1))
+    write(tmp_path / "tulip/1.png", png(2))
     _check(
         open_source(tmp_path), [("blue_rose/1.png", "blue rose", 1), ("tulip/1.png", "tulip", 2)]
     )
@@ -104,57 +66,52 @@ def test_class_folders(tmp_path: Path) -> None:
 
 def test_split_folders(tmp_path: Path) -> None:
     for number, split in enumerate(("train", "validation")):
-        _write(tmp_path / split / "rose/1.png", _png(number))
+        write(tmp_path / split / "rose/1.png", png(number))
     _check(open_source(tmp_path), [("rose/1.png", "rose", 0)])
     _check(open_source(tmp_path, split="validation"), [("rose/1.png", "rose", 1)])
-    _error(lambda: open_source(tmp_path, split="test"), "no split 'test'", "train, validation")
+    error(lambda: open_source(tmp_path, split="test"), "no split 'test'", "train, validation")
 
 
 def test_caption_folder_errors(tmp_path: Path) -> None:
-    _error(lambda: open_source(tmp_path / "nowhere"), "nowhere", "no such file or folder")
-    _error(lambda: open_source(tmp_path), str(tmp_path), "no pictures")
-    _write(tmp_path / "a.png", _png(1))
-    _error(lambda: open_source(tmp_path), "1 of 1", ".txt", "a.png")
-    _write(tmp_path / "b.png", _png(2))
-    _write(tmp_path / "c.png", _png(2))
-    _write(tmp_path / "b.txt", "b")
-    _error(lambda: open_source(tmp_path), "2 of 3", "the first is a.png")
-    _write(tmp_path / "a.txt", b"\xff\xfe\xff")
-    _write(tmp_path / "c.txt", "c")
-    _error(lambda: open_source(tmp_path)[0], "a.txt", "UTF-8")
-    _error(lambda: open_source(_write(tmp_path / "list.csv", "")), "list.csv", "no .tar")
+    error(lambda: open_source(tmp_path / "nowhere"), "nowhere", "no such file or folder")
+    error(lambda: open_source(tmp_path), str(tmp_path), "no pictures")
+    write(tmp_path / "a.png", png(1))
+    error(lambda: open_source(tmp_path), "1 of 1", ".txt", "a.png")
+    write(tmp_path / "b.png", png(2))
+    write(tmp_path / "c.png", png(2))
+    write(tmp_path / "b.txt", "b")
+    error(lambda: open_source(tmp_path), "2 of 3", "the first is a.png")
+    write(tmp_path / "a.txt", b"\xff\xfe\xff")
+    write(tmp_path / "c.txt", "c")
+    error(lambda: open_source(tmp_path)[0], "a.txt", "UTF-8")
+    error(lambda: open_source(write(tmp_path / "list.csv", "")), "list.csv", "no .tar or .parquet")
 
 
 def test_broken_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _write(tmp_path / "cut.png", _png(1)[:-60])
-    _write(tmp_path / "text.png", "this is no picture")
-    _write(tmp_path / "whole.png", _png(1))
+    write(tmp_path / "cut.png", png(1)[:-60])
+    write(tmp_path / "text.png", "this is no picture")
+    write(tmp_path / "whole.png", png(1))
     for name in ("cut", "text", "whole"):
-        _write(tmp_path / f"{name}.txt", name)
+        write(tmp_path / f"{name}.txt", name)
     source = open_source(tmp_path)
-    _error(lambda: source[0], "cut.png", "damaged")
-    _error(lambda: source[1], "text.png", "damaged")
+    error(lambda: source[0], "cut.png", "damaged")
+    error(lambda: source[1], "text.png", "damaged")
     assert source[2].caption == "whole"
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 63)
     with pytest.warns(Image.DecompressionBombWarning):
-        _error(lambda: source[2], "whole.png", "8 x 8")
+        error(lambda: source[2], "whole.png", "8 x 8")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
-    _error(lambda: source[2], "whole.png")
+    error(lambda: source[2], "whole.png")
 
 
 # --- metadata.jsonl ---------------------------------------------------------------------------
 
 
-def _metadata(root: Path, *rows: dict | str) -> None:
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    _write(root / "metadata.jsonl", "\n".join(lines) + "\n")
-
-
 def test_metadata_folder(tmp_path: Path) -> None:
-    _write(tmp_path / "in/b.png", _png(1))
-    _write(tmp_path / "a.png", _png(2))
-    _write(tmp_path / "unnamed.png", _png(3))
-    _metadata(
+    write(tmp_path / "in/b.png", png(1))
+    write(tmp_path / "a.png", png(2))
+    write(tmp_path / "unnamed.png", png(3))
+    metadata(
         tmp_path,
         {"file_name": "in/b.png", "text": "line\u2028separator", "label": "x"},
         "",
@@ -163,13 +120,13 @@ def test_metadata_folder(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     assert isinstance(source, MetadataFolder)
     _check(source, [("in/b.png", "line\u2028separator", 1), ("a.png", "a", 2)])
-    assert open_source(tmp_path, caption_column="label")[1].caption == "y"
+    assert open_source(tmp_path, Reading(caption_column="label"))[1].caption == "y"
 
 
 def test_metadata_in_subfolders(tmp_path: Path) -> None:
     for number, folder in enumerate(("one", "two")):
-        _write(tmp_path / folder / "x.png", _png(number))
-        _metadata(tmp_path / folder, {"file_name": "x.png", "text": folder})
+        write(tmp_path / folder / "x.png", png(number))
+        metadata(tmp_path / folder, {"file_name": "x.png", "text": folder})
     _check(open_source(tmp_path), [("one/x.png", "one", 0), ("two/x.png", "two", 1)])
 
 
@@ -185,16 +142,16 @@ def test_metadata_in_subfolders(tmp_path: Path) -> None:
     ],
 )
 def test_metadata_errors(tmp_path: Path, row: dict | str, parts: list[str]) -> None:
-    _write(tmp_path / "outside.png", _png(0))
+    write(tmp_path / "outside.png", png(0))
     root = tmp_path / "root"
-    _write(root / "a.png", _png(1))
-    _metadata(root, {"file_name": "a.png", "text": "fine"}, row)
-    _error(lambda: open_source(root), "metadata.jsonl", *parts)
+    write(root / "a.png", png(1))
+    metadata(root, {"file_name": "a.png", "text": "fine"}, row)
+    error(lambda: open_source(root), "metadata.jsonl", *parts)
 
 
 def test_metadata_empty(tmp_path: Path) -> None:
-    _metadata(tmp_path, "")
-    _error(lambda: open_source(tmp_path), "names no pictures")
+    metadata(tmp_path, "")
+    error(lambda: open_source(tmp_path), "names no pictures")
 
 
 # --- tar shards -------------------------------------------------------------------------------
@@ -206,15 +163,15 @@ def shards(tmp_path: Path) -> Path:
     members = [
         (f"d/{n:03d}.{end}", data)
         for n in range(3)
-        for end, data in (("txt", f"caption {n}"), ("png", _png(n)), ("json", json.dumps({"n": n})))
+        for end, data in (("txt", f"caption {n}"), ("png", png(n)), ("json", json.dumps({"n": n})))
     ]
-    _tar(tmp_path / "08.tar", members)
-    _tar(
+    tar(tmp_path / "08.tar", members)
+    tar(
         tmp_path / "10.tar",
         [
             ("900.JPG.json", "{}"),  # not this key's: WebDataset cuts at the first dot
             ("901.json", '{"caption": "from json", "status": "ok"}'),
-            ("901.png", _png(3)),
+            ("901.png", png(3)),
             ("902.json", '{"caption": null, "status": "failed"}'),
         ],
     )
@@ -252,8 +209,8 @@ def test_ways_to_name_shards(shards: Path) -> None:
     assert open_source(shards / "08.tar").fingerprint != whole.fingerprint
     (shards / "09.tar").write_bytes((shards / "08.tar").read_bytes())
     assert len(open_source(str(shards / "{08..10}.tar"))) == 3 + 3 + 1
-    _error(lambda: open_source(str(shards / "{08..11}.tar")), "11.tar", "no such tar")
-    _error(lambda: open_source(str(shards / "x*.tar")), "x*.tar", "no such tar")
+    error(lambda: open_source(str(shards / "{08..11}.tar")), "11.tar", "no such tar")
+    error(lambda: open_source(str(shards / "x*.tar")), "x*.tar", "no such tar")
 
 
 def _caption_and_sum(source: TarShards, index: int) -> tuple[str, int]:
@@ -271,19 +228,19 @@ def test_workers(shards: Path, method: str) -> None:
 
 
 def test_shard_errors(tmp_path: Path) -> None:
-    packed = _tar(tmp_path / "packed.tar", [("a.png", _png(0))], "w:gz")
-    _error(lambda: TarShards(packed), "packed.tar", "uncompressed tar")
-    bare = _tar(tmp_path / "bare.tar", [("a.txt", "a"), ("b.txt", "b")])
-    _error(lambda: TarShards(bare), "bare.tar", "no pictures")
-    silent = _tar(tmp_path / "silent.tar", [("a.png", _png(0)), ("b.png", _png(1)), ("b.txt", "")])
-    _error(lambda: TarShards(silent), "1 of 2", "the first is a")
-    other = _tar(tmp_path / "other.tar", [("a.png", _png(0)), ("a.json", '{"title": "t"}')])
-    _error(lambda: TarShards(other), "'text'", "title")
-    assert TarShards(other, caption_column="title")[0].caption == "t"
-    short = _tar(tmp_path / "short.tar", [("a.txt", "a"), ("a.png", _png(0))])
+    packed = tar(tmp_path / "packed.tar", [("a.png", png(0))], "w:gz")
+    error(lambda: TarShards(packed), "packed.tar", "uncompressed tar")
+    bare = tar(tmp_path / "bare.tar", [("a.txt", "a"), ("b.txt", "b")])
+    error(lambda: TarShards(bare), "bare.tar", "no pictures")
+    silent = tar(tmp_path / "silent.tar", [("a.png", png(0)), ("b.png", png(1)), ("b.txt", "")])
+    error(lambda: TarShards(silent), "1 of 2", "the first is a")
+    other = tar(tmp_path / "other.tar", [("a.png", png(0)), ("a.json", '{"title": "t"}')])
+    error(lambda: TarShards(other), "'text'", "title")
+    assert TarShards(other, Reading(caption_column="title"))[0].caption == "t"
+    short = tar(tmp_path / "short.tar", [("a.txt", "a"), ("a.png", png(0))])
     source = TarShards(short)
     short.write_bytes(short.read_bytes()[:1100])
-    _error(lambda: source[0], "short.tar", "ends too soon")
+    error(lambda: source[0], "short.tar", "ends too soon")
 
 
 # --- fingerprints and splits ------------------------------------------------------------------
@@ -292,11 +249,11 @@ def test_shard_errors(tmp_path: Path) -> None:
 def test_fingerprint_names_the_data(tmp_path: Path) -> None:
     for root in (tmp_path / "here", tmp_path / "there"):
         for number in range(3):
-            _write(root / f"{number}.png", _png(number))
-            _write(root / f"{number}.txt", "words")
+            write(root / f"{number}.png", png(number))
+            write(root / f"{number}.txt", "words")
     here = open_source(tmp_path / "here").fingerprint
     assert here == open_source(tmp_path / "there").fingerprint
-    _write(tmp_path / "there/1.txt", "more words")
+    write(tmp_path / "there/1.txt", "more words")
     assert here != open_source(tmp_path / "there").fingerprint
 
 
@@ -348,7 +305,7 @@ def test_hidden_folders_are_nobodys_pictures(tmp_path: Path) -> None:
         for folder in ("", ".ipynb_checkpoints/", "__MACOSX/"):
             path = tmp_path / split / f"{folder}{split}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(_png(0))
+            path.write_bytes(png(0))
         (tmp_path / split / f"{split}.txt").write_text("a flower")
     (tmp_path / ".cache").mkdir()
     assert [s.key for s in open_source(tmp_path)] == ["train.png"]
@@ -356,7 +313,7 @@ def test_hidden_folders_are_nobodys_pictures(tmp_path: Path) -> None:
 
 def test_a_folder_called_flowers(tmp_path: Path, monkeypatch, caplog) -> None:
     (tmp_path / "flowers").mkdir()
-    (tmp_path / "flowers" / "a.png").write_bytes(_png(0))
+    (tmp_path / "flowers" / "a.png").write_bytes(png(0))
     (tmp_path / "flowers" / "a.txt").write_text("mine")
     monkeypatch.chdir(tmp_path)
     assert open_source("./flowers")[0].caption == "mine"
@@ -369,7 +326,7 @@ def test_a_tar_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
     folder = tmp_path / "photos [2024]"
     folder.mkdir()
     with tarfile.open(folder / "0.tar", "w") as tar:
-        for name, data in (("a.png", _png(0)), ("a.txt", b"a flower")):
+        for name, data in (("a.png", png(0)), ("a.txt", b"a flower")):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
@@ -377,7 +334,7 @@ def test_a_tar_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
 
 
 def test_a_picture_that_has_gone_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(_png(0))
+    (tmp_path / "a.png").write_bytes(png(0))
     (tmp_path / "a.txt").write_text("a flower")
     source = open_source(tmp_path)
     (tmp_path / "a.png").unlink()
@@ -391,3 +348,7 @@ def test_subset() -> None:
     assert [part[i].key for i in range(2)] == [source.key(4), source.key(2)]
     assert len({s.fingerprint for s in (source, part, Subset(source, [2, 4]))}) == 3
     assert open_source("flowers", split="held_out").key(0) == "held_out/000000"
+    for index in range(2):
+        sample = part[index]
+        assert part.caption(index) == sample.caption and part.size(index) == sample.image.size
+        assert part.label(index) is sample.label is None

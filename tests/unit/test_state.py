@@ -25,13 +25,28 @@ class Players:
     def parameter_groups(self, player: str) -> list:
         return [{"params": self.players[player].parameters(), "base_lr": 1e-3}]
 
+    def frozen(self) -> dict[str, nn.Module]:
+        return {}
+
+    def settings(self) -> dict[str, str]:
+        return {"schedule": "linear"}
+
     def save(self, folder: Path) -> None:
         write_tensors(folder / "model" / "weights.safetensors", self.players["first"].state_dict())
 
 
+class Data:
+    """And as much of a data set."""
+
+    fingerprint = "data"
+
+    def __len__(self) -> int:
+        return 8
+
+
 def make(tmp_path, seed=0, **options):
     config = TrainingConfig(output_dir=tmp_path, ema_decay=0.5, **options)
-    return TrainingState(Players(seed), config, "data")  # type: ignore[arg-type]
+    return TrainingState(Players(seed), config, Data())  # type: ignore[arg-type]
 
 
 def step(state, names=("first",)):
@@ -109,7 +124,7 @@ def test_pruning_waits_for_the_new_checkpoint(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(state.stage, "save", full)
-    with pytest.raises(OSError):
+    with pytest.raises(CheckpointError, match="cannot be written .no space left"):
         state.save()
     assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-11", "checkpoint-12"]
     assert not list(tmp_path.glob(".*"))
@@ -148,8 +163,10 @@ def test_other_options_and_other_data_are_refused(tmp_path):
         state.load(folder)
     state.config = replace(make(tmp_path).config, validation_steps=7, dataloader_num_workers=3)
     state.load(folder)  # these change nothing of what is learnt
-    state.fingerprint = "other"
-    with pytest.raises(CheckpointError, match="trained on other data") as error:
+    state.identity["data"] = "9 samples, other"
+    with pytest.raises(
+        CheckpointError, match="data was 8 samples, data, is 9 samples, other; restore it"
+    ) as error:
         state.load(folder)
     assert "\n" not in str(error.value)
 

@@ -57,8 +57,10 @@ from ldm.training.config import (
             lambda: UNetTraining(schedule=ScheduleConfig(prediction_type="v_prediction")),
             "schedule belongs to a U-Net trained from scratch",
         ),
-        (lambda: UNetTraining(cache_latents=True, random_flip=True), "one view of a picture"),
-        (lambda: UNetTraining(cache_latents=True, center_crop=False), "one view of a picture"),
+        (lambda: UNetTraining(cache_latents=True, center_crop=False), "one crop of a picture"),
+        (lambda: UNetTraining(fsdp=True, mixed_precision="fp16"), "fsdp cannot share out"),
+        (lambda: UNetTraining(noise_offset=-0.1), "noise_offset is -0.1; it must be 0 or more"),
+        (lambda: ClipTraining(enable_bucket=True), "turn enable_bucket off"),
         (lambda: check_resolution(60, 8), "resolution 60 is not a multiple of 8"),
     ],
 )

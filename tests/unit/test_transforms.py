@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.transforms import prepare
+from ldm.data.transforms import is_mirrored, prepare
 from ldm.errors import ConfigError, DataError
 from ldm.images import to_rgb
 from ldm.rng import Draws
@@ -136,6 +136,7 @@ def test_random_crop_and_flip() -> None:
             Image.fromarray(pixels), 8, center_crop=False, random_flip=True, draws=draws
         )
         np.testing.assert_array_equal(_array(found), expected)
+        assert is_mirrored(Draws(0, "augment", index)) == (mirror < 0.5)
         seen.add((top, mirror < 0.5))
     assert seen == {(top, mirrored) for top in range(4) for mirrored in (False, True)}
 
@@ -156,6 +157,30 @@ def test_resize_against_pil(interpolation, height: int, width: int) -> None:
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     expected = resized[top : top + side, left : left + side]
     found = prepare(image, side, interpolation=interpolation)
+    np.testing.assert_array_equal(_array(found), expected)
+
+
+@pytest.mark.parametrize(
+    ("stored", "size", "scaled"),
+    [
+        ((40, 60), (20, 24), (20, 30)),  # too wide: cut left and right
+        ((40, 60), (24, 20), (24, 36)),
+        ((60, 40), (20, 24), (36, 24)),  # too high: cut above and below
+        ((7, 9), (14, 18), (14, 18)),  # its own shape, enlarged
+        ((14, 18), (14, 18), (14, 18)),
+    ],
+)
+def test_rectangles_against_pil(stored, size, scaled) -> None:
+    """All sizes are height and width."""
+    image = Image.fromarray(_random(*stored, 3))
+    resized = np.asarray(image.resize(scaled[::-1], Image.Resampling.LANCZOS))
+    top, left = ((full - side) // 2 for full, side in zip(scaled, size, strict=True))
+    expected = resized[top : top + size[0], left : left + size[1]]
+    np.testing.assert_array_equal(_array(prepare(image, size)), expected)
+    across, down, _ = Draws(0, "augment").uniform(3)
+    top, left = int(down * (scaled[0] - size[0] + 1)), int(across * (scaled[1] - size[1] + 1))
+    expected = resized[top : top + size[0], left : left + size[1]]
+    found = prepare(image, size, center_crop=False, draws=Draws(0, "augment"))
     np.testing.assert_array_equal(_array(found), expected)
 
 

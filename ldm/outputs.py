@@ -1,0 +1,47 @@
+"""The numbers of files, where a run may be continued or shared by processes.
+
+Processes need not speak to each other: each looks at the folder, and all come to the same numbers.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence, Set
+from functools import cache
+from itertools import count
+from pathlib import Path
+
+from ldm.metadata import read_identity
+
+
+def first_number(folder: Path, ending: str, identities: Sequence[str]) -> tuple[int, set[int]]:
+    """Where the files of a run begin that may have begun before.
+
+    It is the least number from which on every file that is there is the run's own, at its place.
+    So a run that starts again continues, another one writes elsewhere, and processes that look
+    while some of the files are written find the same.
+
+    Args:
+        folder: of the files.
+        ending: of their names, such as ".png"; other files are not looked at.
+        identities: of the run's pictures, in the order of their numbers; see `read_identity`.
+
+    Returns:
+        The first number, and the places in `identities` whose files are there.
+    """
+    files = {int(file.stem): file for file in folder.glob(f"*{ending}") if file.stem.isdecimal()}
+    numbers, found = sorted(files), cache(lambda number: read_identity(files[number]))
+    for first in count():
+        start, stop = (bisect_left(numbers, n) for n in (first, first + len(identities)))
+        if all(found(n) == identities[n - first] for n in numbers[start:stop]):
+            return first, {n - first for n in numbers[start:stop]}
+    raise AssertionError  # count does not end
+
+
+def remove_unfinished(folder: Path, numbers: Set[int]) -> None:
+    """Remove what `save_picture` had written of files of these numbers when it was killed."""
+    for file in folder.glob(".*"):
+        number = file.name[1:].partition(".")[0]
+        if number.isdecimal() and int(number) in numbers:
+            file.unlink(missing_ok=True)
