@@ -5,15 +5,13 @@ Imports no torch until a model is opened.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
-from itertools import count, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +21,9 @@ from ldm import __version__
 from ldm.checkpoint.locate import locate_model
 from ldm.errors import ConfigError
 from ldm.images import image_grid, read_image
-from ldm.metadata import file_hash, parameters_text, save_picture
+from ldm.metadata import file_hash, json_sha256, parameters_text, save_picture
 from ldm.options import DTYPES, Picture, input_files, plan, process, split_weight
-from ldm.outputs import first_number, remove_unfinished
+from ldm.outputs import first_number, make_folder, new_file, remove_unfinished
 
 if TYPE_CHECKING:
     from ldm.pipeline import LatentDiffusionPipeline, PipelineOutput
@@ -118,28 +116,15 @@ def record_of(pipeline: LatentDiffusionPipeline, options: Namespace) -> dict[str
 
 def _configurations(pipeline: LatentDiffusionPipeline) -> dict[str, str]:
     """SHA-256 of what decides beside the tensors."""
-    encoder, tower = pipeline.text_encoder, pipeline.text_encoder.tower
-    config = getattr(tower.model, "config", None)  # open_clip's models have none
-    names = ("num_attention_heads", "hidden_act", "layer_norm_eps")
-    text = {name: getattr(config, name, None) for name in names}
-    text |= {name: getattr(tower, name) for name in ("max_tokens", "start", "end", "padding")}
-    tokenizer: Any = tower.tokenizer
-    if hasattr(tokenizer, "bpe_ranks"):  # open_clip's
-        words = [tokenizer.encoder, list(tokenizer.bpe_ranks)]
-    else:
-        merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-        words = [tokenizer.get_vocab(), merges]
+    text = pipeline.text_encoder.settings()
     parts = {
         "schedule": asdict(pipeline.schedule.config),
         "unet configuration": asdict(pipeline.unet.config),
         "vae configuration": asdict(pipeline.vae.config),
-        "text_encoder configuration": text | {"skip": encoder.skip},
-        "tokenizer": words,
+        "tokenizer": text.pop("tokenizer"),
+        "text_encoder configuration": text,
     }
-    return {
-        name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
-        for name, part in parts.items()
-    }
+    return {name: json_sha256(part) for name, part in parts.items()}
 
 
 def call_inputs(pipeline: LatentDiffusionPipeline, options: Namespace) -> dict[str, Image.Image]:
@@ -193,9 +178,9 @@ def draw_pictures(options: Namespace) -> None:
     pipeline = open_model(options)
     record = None if options.no_metadata else record_of(pipeline, options)
     identities = [_identity(pipeline, p, record) for p in pictures] if record else []
-    numbered = bool(record and not options.skip_save and (options.from_file or world > 1))
-    first, there = first_number(samples, ending, identities) if numbered else (0, set())
-    grid = not (options.skip_grid or there or world > 1)
+    first, there = None, set[int]()
+    if record and not options.skip_save and (options.from_file or world > 1):
+        first, there = first_number(samples, ending, identities)
     if rank == 0 and (there or world > 1):
         note = "" if options.skip_grid else "; no grid, which wants one process that draws all"
         print(f"{len(there)} of {len(pictures)} pictures are there already{note}", flush=True)
@@ -203,31 +188,50 @@ def draw_pictures(options: Namespace) -> None:
     if rank:  # one progress bar is enough
         pipeline.set_progress_bar_config(disable=True)
     inputs = call_inputs(pipeline, options)
-    batches = list(_batches(pictures, options, pipeline, inputs))[rank::world]
-    if numbered:
+    batches = list(_batches(pictures, options, pipeline, inputs))
+    if rank == 0 and len(batches) < world:
+        print(f"{len(batches)} batches for {world} processes; choose a smaller --batch_size")
+    batches = batches[rank::world]
+    if first is not None:
         remove_unfinished(samples, {first + place for batch in batches for place, _ in batch})
-    grids: dict[tuple[int, int], list[Image.Image]] = {}
+    drawn: list[Image.Image] = []
     for batch in batches:
         if there.issuperset(place for place, _ in batch):
             continue
         result = draw(pipeline, [picture for _, picture in batch], inputs)
-        for i, (image, (place, picture)) in enumerate(zip(result.images, batch, strict=True)):
-            if grid:
-                grids.setdefault(image.size, []).append(image)
+        if not (options.skip_grid or there or world > 1):
+            drawn += result.images
+        for i, (place, picture) in enumerate(batch):
             if options.skip_save or place in there:
                 continue
-            own = text = None
+            own = None
             if record:
                 own = _own_record(pipeline, picture, result, i) | record
-                own["identity"], text = identities[place], _parameters(own)
-            name = samples / f"{first + place:05}{ending}"
-            with nullcontext(name) if numbered else new_file(samples, "", 5, ending) as file:
-                save_picture(image, file, text, own, new=numbered)
+                own["identity"] = identities[place]
+            number = None if first is None else first + place
+            file = _save(result.images[i], own, samples, number, ending)
             print(f"{file}  seed {picture.seed}  {picture.prompt}", flush=True)
-    for images in grids.values():
-        if len(images) > 1:
+    _save_grids(drawn, options)
+
+
+def _save(
+    image: Image.Image, record: dict[str, Any] | None, folder: Path, number: int | None, ending: str
+) -> Path:
+    """Write a picture with its record, by its number or, without one, the next that is free."""
+    text = _parameters(record) if record else None
+    known = None if number is None else folder / f"{number:05}{ending}"
+    with nullcontext(known) if known else new_file(folder, "", 5, ending) as file:
+        save_picture(image, file, text, record, new=known is not None)
+    return file
+
+
+def _save_grids(images: Sequence[Image.Image], options: Namespace) -> None:
+    """Write a grid of the pictures of each size that has several."""
+    for size in dict.fromkeys(image.size for image in images):
+        alike = [image for image in images if image.size == size]
+        if len(alike) > 1:
             with new_file(options.outdir, "grid-") as file:
-                save_picture(image_grid(images, options.n_rows), file)
+                save_picture(image_grid(alike, options.n_rows), file)
             print(file)
 
 
@@ -250,59 +254,6 @@ def find_device(name: str | None) -> str:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"no device '{name}' to draw on ({reason}); try --device cpu") from None
     return name
-
-
-def make_folder(folder: Path) -> Path:
-    """Make a folder to write to.
-
-    Raises:
-        ConfigError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = f"cannot write to {folder} ({error.strerror})"
-        raise ConfigError(f"{reason}; choose --outdir") from None
-    return folder
-
-
-def claim(folder: Path, prefix: str, digits: int = 4, ending: str = "") -> Path:
-    """Make what has the next free number, so that no other run takes its name.
-
-    Returns:
-        An empty file where there is an ending, a folder where there is none.
-
-    Raises:
-        ConfigError: it cannot be made.
-    """
-    for number in count(next_number(folder, prefix)):
-        path = folder / f"{prefix}{number:0{digits}}{ending}"
-        try:
-            path.touch(exist_ok=False) if ending else path.mkdir()
-            return path
-        except FileExistsError:  # another run was faster
-            continue
-        except OSError as error:
-            reason = f"cannot write {path} ({error.strerror})"
-            raise ConfigError(f"{reason}; choose --outdir") from None
-    raise AssertionError  # count does not end
-
-
-@contextmanager
-def new_file(folder: Path, prefix: str, digits: int = 4, ending: str = ".png") -> Iterator[Path]:
-    """A file of `claim` to fill; it is gone again if that fails."""
-    file = claim(folder, prefix, digits, ending)
-    try:
-        yield file
-    except BaseException:
-        file.unlink(missing_ok=True)
-        raise
-
-
-def next_number(folder: Path, prefix: str = "") -> int:
-    """One more than the highest number of what is called `<prefix><number>` in a folder."""
-    names = (path.stem.removeprefix(prefix) for path in folder.glob(f"{prefix}*"))
-    return max((int(name) for name in names if name.isdecimal()), default=-1) + 1
 
 
 def at_a_time(
@@ -336,8 +287,7 @@ def _identity(
     """What decides how a picture looks but for rounding, as 32 hexadecimal digits."""
     what = picture._replace(settings=pipeline.defaults | picture.settings, where="")
     shared = [record[k] for k in ("inputs", "files", "components", "configurations", "dtype")]
-    text = json.dumps([what, *shared], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return json_sha256([what, *shared])[:32]
 
 
 def _own_record(

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from ldm.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each orientation. Source: EXIF 2.32, tag 0x0112."""
 
 
 def read_image(file: str | Path) -> Image.Image:
@@ -38,14 +48,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     1 / 257; 1-bit, palette, grey and CMYK pictures are converted.
 
     Raises:
-        DataError: the pixels cannot be read.
+        DataError: the pixels cannot be read, or are floating-point numbers.
     """
+    if image.mode == "F":
+        raise DataError(
+            "floating-point pixels have no agreed white; save the picture with 8 or 16 bits"
+        )
     try:
-        try:
-            image = ImageOps.exif_transpose(image)
-        except (SyntaxError, struct.error):  # damaged EXIF turns nothing
-            image = image.copy()
-        image.info.pop("exif", None)  # it has been applied; nothing reads it a second time
+        image.load()
+        turn = _UPRIGHT.get(_orientation(image))
+        image = image.copy() if turn is None else image.transpose(turn)
+        for name in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
+            image.info.pop(name, None)  # it has been applied; nothing reads it a second time
         if image.mode.startswith("I"):
             return _from_deep_grey(image)
         if image.has_transparency_data:
@@ -54,8 +68,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
             white = Image.new("RGBA", colors.size, (255, 255, 255, 255))
             return Image.alpha_composite(white, colors).convert("RGB")
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # PIL's decoders raise whatever it is that trips them
         raise DataError(f"the picture is damaged or cut short ({error})") from error
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height as `to_rgb` will make a picture that was opened, of its header alone."""
+    width, height = image.size
+    swapped = image.format == "TIFF"  # by Pillow, which turns these
+    return (height, width) if _orientation(image) >= 5 and not swapped else (width, height)
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8, as EXIF or XMP have it; damage there turns nothing."""
+    try:
+        # The base class's method: PNG's own decodes the pixels to look for EXIF behind them.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except Exception:
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:

@@ -383,6 +383,11 @@ def file_hash(file: str | Path) -> str:
     return sha256(b"".join(path.read_bytes() for path in files or [folder])).hexdigest()
 
 
+def json_sha256(content: Any) -> str:
+    """SHA-256 of what JSON can hold, whatever the order of its keys."""
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _opened(file: Path) -> Image.Image:
     try:
         image = Image.open(file)

@@ -188,8 +188,15 @@ def read_options(parser: Parser, arguments: Sequence[str]) -> Namespace:
 
 
 def process() -> tuple[int, int]:
-    """The rank of this process and their number, as `accelerate launch` and torchrun tell it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """The rank of this process and their number, as `accelerate launch` and torchrun tell it.
+
+    Raises:
+        ConfigError: they have told something else.
+    """
+    told = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
+    if not all(word.isdecimal() for word in told) or not 0 <= int(told[0]) < int(told[1]):
+        raise ConfigError(f"RANK {told[0]} of WORLD_SIZE {told[1]} is no process; unset them")
+    return int(told[0]), int(told[1])
 
 
 def _check_shared(options: Namespace) -> None:

@@ -393,10 +393,16 @@ class LatentDiffusionPipeline(Model):
         if given is None:
             return None
         classes = (self.unet.config.num_class_embeds or 1) - 1  # the last row is none
-        labels = torch.as_tensor(given).flatten()
-        if labels.dtype != torch.int64 or not ((labels >= 0) & (labels < classes)).all():
+        try:
+            labels = torch.as_tensor(given).flatten()
+            torch.iinfo(labels.dtype)  # only integers have one
+            labels = labels.long()
+        except (TypeError, ValueError, RuntimeError):
+            labels = torch.tensor([-1])
+        if not ((labels >= 0) & (labels < classes)).all():
             has = f"classes 0 to {classes - 1}" if classes else "no classes"
-            raise ConfigError(f"class_labels is {given}; this model has {has}")
+            said = " ".join(str(given).split())  # arrays take several lines
+            raise ConfigError(f"class_labels is {said}; this model has {has}")
         return per_picture("class_label", labels, count)
 
     def _known(

@@ -21,10 +21,12 @@ def main(arguments: Sequence[str]) -> None:
     sources = open_data(config)
 
     from ldm.training.doctor import examine
+    from ldm.training.state import is_main_process
 
     report = examine(stage, config, sources)
-    print("\n".join(report.lines))
-    print("\n".join(f"advice: {line}" for line in report.advice) or "nothing to change")
+    if is_main_process():
+        print("\n".join(report.lines))
+        print("\n".join(f"advice: {line}" for line in report.advice) or "nothing to change")
 
 
 if __name__ == "__main__":

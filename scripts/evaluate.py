@@ -15,7 +15,8 @@ import _ours  # noqa: F401
 from ldm.checkpoint.locate import locate_model
 from ldm.cli import Parser, run
 from ldm.config import SamplerName
-from ldm.drawing import find_device, make_folder
+from ldm.drawing import find_device
+from ldm.outputs import make_folder
 from ldm.settings import READERS, real, within
 
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import _ours  # noqa: F401
 
 from ldm.cli import Parser, run
-from ldm.drawing import at_a_time, claim, make_folder, open_model, prepare
+from ldm.drawing import at_a_time, open_model, prepare
 from ldm.errors import ConfigError
 from ldm.metadata import save_picture
-from ldm.options import add_options, plan, read_options
+from ldm.options import add_options, plan, process, read_options
+from ldm.outputs import claim, make_folder
 from ldm.settings import READERS, numbers, within
 
 
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str]) -> None:
     add("--fps", type=within(1), default=12, help="frames a second")
     add("--loop", action="store_true", help="go back to the first key frame at the end")
     options = read_options(parser, arguments)
+    if process()[1] > 1:
+        raise ConfigError("an interpolation is drawn by one process; start one")
     if options.variation_strength:
         raise ConfigError("an interpolation has no variations; leave out --variation_strength")
     if options.num_images_per_prompt * options.n_iter != 1:

@@ -17,13 +17,14 @@ from ldm.cli import Parser, run
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = Parser("replay.py", description=__doc__.split("\n")[0])
+    parser = Parser("replay.py", description="Look into a training step that was not finite.")
     parser.add_argument("capsule", type=Path, help="a file of OUTPUT_DIR/capsules")
     capsule = parser.parse_args(arguments).capsule
 
     from ldm.training.replay import replay
 
-    print("\n".join(replay(capsule)))
+    for line in replay(capsule):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

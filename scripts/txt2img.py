@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import _ours  # noqa: F401
 
 from ldm.cli import Parser, run
-from ldm.drawing import draw_pictures, make_folder, new_file, open_model, prepare
+from ldm.drawing import draw_pictures, open_model, prepare
 from ldm.errors import ConfigError
 from ldm.metadata import save_picture
 from ldm.options import add_options, plan, read_options
+from ldm.outputs import make_folder, new_file
 from ldm.settings import numbers, within
 
 

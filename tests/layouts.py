@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.data.sample import DataSource
 from ldm.errors import DataError
 
 
@@ -74,3 +75,14 @@ def error(call, *parts: str) -> str:
     for part in parts:
         assert part in message, message
     return message
+
+
+def check(source: DataSource, expected: list[tuple[str, str, int]]) -> None:
+    """Keys, captions and the number of the pixels, read backwards to show random access."""
+    assert len(source) == len(expected)
+    for index in reversed(range(len(expected))):
+        key, caption, number = expected[index]
+        sample = source[index]
+        assert (sample.key, source.key(index), sample.caption) == (key, key, caption)
+        assert source.caption(index) == caption and source.size(index) == (8, 8)
+        np.testing.assert_array_equal(np.asarray(sample.image), pixels(number))

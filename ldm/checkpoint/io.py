@@ -344,19 +344,21 @@ def atomic_file(file: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def recover(parent: Path, name: str | None = None) -> None:
+def recover(parent: Path, name: str | None = None, *, alone: bool = False) -> None:
     """Clear what a kill in `atomic_folder` or `atomic_file` left; give folders their place back.
 
     Args:
         parent: where the folders stand.
         name: of the folder or file to look for; all of them by default.
+        alone: nobody else writes there, so that a dead writer is known for dead where another
+            process has its number by now, as in every new container.
     """
     for path in list(parent.iterdir()) if parent.is_dir() else []:
         match = LEFT_BEHIND.fullmatch(path.name)
         if match is None or name not in (None, match["name"]):
             continue
         writer, place = int(match["writer"]), parent / match["name"]
-        if writer != os.getpid() and _alive(writer):  # it may be filling it
+        if not alone and writer != os.getpid() and _alive(writer):  # it may be filling it
             continue
         if match["kind"] == "old" and not os.path.lexists(place):  # killed between the two renames
             path.rename(place)

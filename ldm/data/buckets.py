@@ -10,13 +10,10 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import log
-from typing import Any
 
 from tqdm import tqdm
 
-from ldm.data.order import Bucketed, Order, Shuffled, Streamed
 from ldm.data.sample import DataSource
 from ldm.errors import ConfigError, DataError
 
@@ -114,32 +111,30 @@ def assign_buckets(
     return sorted(counts), [numbers[size] for size in chosen]
 
 
-def make_order(source: DataSource, config: Any) -> Order:
-    """The order of a run's training samples.
+def read_buckets(
+    source: DataSource, buckets: Buckets, batch_size: int, *, skip: bool
+) -> tuple[list[Size], list[int]]:
+    """`assign_buckets` of a source's pictures, whose headers are read for it.
 
     Args:
-        source: if it has `shard_lengths`, it is streamed shard by shard.
-        config: the run's options, a `TrainingConfig`.
+        source: where from.
+        buckets: which sizes there may be.
+        batch_size: pictures in a global batch.
+        skip: a picture without a header that can be read goes with the square ones, to be skipped
+            when its turn comes.
 
     Raises:
-        ConfigError: the options do not allow a square bucket, or want buckets of streamed shards.
-        DataError: fewer samples than a batch; or, in buckets, a header that cannot be read, unless
-            bad samples are skipped.
+        DataError: a header cannot be read, without `skip`.
     """
-    seed, batch_size = config.seed, config.train_batch_size
-    shards = getattr(source, "shard_lengths", None)
-    if shards and config.enable_bucket:
-        raise ConfigError(
-            "enable_bucket needs every picture's size before the first step, and streamed shards"
-            " come one after the other; turn it off, or train from shards on a disk"
-        )
-    if shards:
-        return Streamed(seed, batch_size, tuple(shards))
-    if not config.enable_bucket:
-        return Shuffled(seed, batch_size, len(source))
-    sides = config.min_bucket_reso, config.max_bucket_reso, config.bucket_reso_steps
-    buckets = Buckets(config.resolution, *sides, config.bucket_no_upscale)
-    return _bucketed(source, seed, batch_size, buckets, skip=config.on_bad_sample == "skip")
+    pictures = []
+    for index in tqdm(range(len(source)), desc="reading picture sizes", mininterval=1.0):
+        try:
+            pictures.append(source.size(index))
+        except DataError:
+            if not skip:
+                raise
+            pictures.append((buckets.resolution, buckets.resolution))
+    return assign_buckets(pictures, buckets, batch_size)
 
 
 def check_steps(steps: int, factor: int) -> None:
@@ -153,23 +148,6 @@ def check_steps(steps: int, factor: int) -> None:
             f"bucket_reso_steps {steps} is not a multiple of {factor}, the VAE's downsampling"
             " factor"
         )
-
-
-@lru_cache(maxsize=1)  # the loop asks, and so does a stage that caches its latents
-def _bucketed(
-    source: DataSource, seed: int, batch_size: int, buckets: Buckets, *, skip: bool
-) -> Bucketed:
-    pictures = []
-    for index in tqdm(range(len(source)), desc="reading picture sizes", mininterval=1.0):
-        try:
-            pictures.append(source.size(index))
-        except DataError:
-            if not skip:
-                raise
-            # with the square ones it waits to be skipped when its turn comes
-            pictures.append((buckets.resolution, buckets.resolution))
-    sizes, bucket_of = assign_buckets(pictures, buckets, batch_size)
-    return Bucketed(seed, batch_size, bucket_of, sizes)
 
 
 def _log_ratio(size: Size) -> float:

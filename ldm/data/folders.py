@@ -19,6 +19,7 @@ from ldm.data.stored import (
     hashed,
     json_object,
     listed,
+    readable,
 )
 from ldm.errors import DataError
 
@@ -60,10 +61,12 @@ class CaptionFolder(_Folder):
         if not names:
             raise DataError(f"{self.root}: no pictures found; looked for {', '.join(EXTENSIONS)}")
         in_folders = all("/" in name for name in names)
-        self._by_class = in_folders and not any(self._beside(n).is_file() for n in names)
+        self._by_class = in_folders and not any(map(os.path.isfile, map(self._beside, names)))
         entries = self._gather(self.root, names, self._entry)
         self._names = [name for name, _ in entries]
-        self.fingerprint = hashed(self._names, [size for _, sizes in entries for size in sizes])
+        words = "its folder" if self._by_class else self._ending
+        numbers = [size for _, sizes in entries for size in sizes]
+        self.fingerprint = hashed([*self._names, words], numbers)
 
     def _beside(self, name: str, ending: str | None = None) -> Path:
         return (self.root / name).with_suffix(ending or self._ending)
@@ -72,7 +75,7 @@ class CaptionFolder(_Folder):
         """The name, with the sizes of the files it stands for."""
         sizes = [_file_size(self.root / name)]
         if not self._by_class:
-            if not self._beside(name).is_file():
+            if not os.path.isfile(self._beside(name)):
                 raise DataError(f"{name}: there is no {self._ending} file with a caption beside it")
             sizes.append(_file_size(self._beside(name)))
         return name, sizes
@@ -116,7 +119,7 @@ class MetadataFolder(_Folder):
         self.fingerprint = hashed(words, [size for *_, size in entries])
 
     def _lines(self) -> Iterator[tuple[Path, int, bytes]]:
-        for path in sorted(self.root.rglob("metadata.jsonl")):
+        for path in files_below(self.root, "metadata.jsonl"):
             with _open(path) as file:
                 for number, line in enumerate(file, 1):
                     if line.strip():
@@ -131,7 +134,7 @@ class MetadataFolder(_Folder):
             raise DataError(f"{where}: no file_name; the columns are {listed(row)}")
         caption = column_caption(row, self.reading.caption_column, where)
         file = path.parent / row["file_name"]
-        if "\0" in row["file_name"] or not file.is_file():
+        if not os.path.isfile(file):
             raise DataError(f"{where}: there is no file {row['file_name']} beside it")
         name = Path(os.path.relpath(file, self.root)).as_posix()
         if name.startswith(".."):
@@ -157,24 +160,32 @@ def has_pictures(root: Path) -> bool:
     return next(_pictures(root), None) is not None
 
 
+def files_below(root: Path, pattern: str) -> list[Path]:
+    """Files below a folder that fit a pattern, sorted, but hidden ones and in hidden folders."""
+    found = root.rglob(pattern)
+    return sorted(path for path in found if all(map(shown, path.relative_to(root).parts)))
+
+
 def _pictures(root: Path) -> Iterator[str]:
     """Paths below root of all pictures but hidden ones and those in hidden folders."""
+    seen = set[tuple[int, int]]()
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = filter(shown, subfolders)
+        place = os.stat(folder)
+        if (place.st_dev, place.st_ino) in seen:  # a link to a folder that has had its turn
+            subfolders.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        subfolders[:] = sorted(filter(shown, subfolders))
         for file in files:
             if file.lower().endswith(EXTENSIONS) and shown(file):
                 yield (Path(folder) / file).relative_to(root).as_posix()
 
 
 def _open(path: Path) -> IO[bytes]:
-    try:
+    with readable(path):
         return path.open("rb")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); was it moved?") from error
 
 
 def _file_size(path: Path) -> int:
-    try:
+    with readable(path):
         return path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); was it moved?") from error

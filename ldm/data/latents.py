@@ -5,7 +5,6 @@
                <index>.flipped              the same of the mirrored picture, where a run mirrors
                contexts                     of the shard's different captions, m n d; first of ""
                captions                     each sample's row of contexts; -1 where it is bad
-           index.json                   written last: what all was made of, the sums of the shards
 
 What is kept of a picture is the distribution of its latents, not a sample: training still draws
 from the posterior anew at every visit. A shard is written whole or not at all, with the sum of its
@@ -18,25 +17,27 @@ tokens and width of the context.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.checkpoint.folder import transformers_tower
-from ldm.checkpoint.io import atomic_file, read_tensors, tensors_sha256, write_json, write_tensors
+from ldm.checkpoint.io import atomic_file, read_tensors, tensors_sha256, write_tensors
 from ldm.data.order import Place
 from ldm.data.sample import DataSource
+from ldm.data.streams import StreamedShards
 from ldm.errors import CheckpointError, DataError
+from ldm.metadata import json_sha256
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.text_encoder import TextEncoder
 
@@ -90,45 +91,58 @@ def cache_key(
         source: gives both.
         preprocessing: what becomes of a picture before it is encoded, in words.
     """
-    tower = transformers_tower(text_encoder)
-    tokenizer = json.loads(tower.tokenizer.backend_tokenizer.to_str())
-    names = ("model", "normalizer", "pre_tokenizer")
-    tower_config = ("num_attention_heads", "hidden_act", "layer_norm_eps")
     parts = {
         "VAE": [tensors_sha256(vae.state_dict()), asdict(vae.config)],
-        "text encoder": [
-            tensors_sha256(text_encoder.state_dict()),
-            [getattr(tower.model.config, name) for name in tower_config],
-            [text_encoder.skip, tower.max_tokens, tower.start, tower.end, tower.padding],
-            [tokenizer[name] for name in names],
-        ],
+        "text encoder": [tensors_sha256(text_encoder.state_dict()), text_encoder.settings()],
     }
     return {
         "format": FORMAT,
-        **{name: short_hash(part) for name, part in parts.items()},
+        **{name: json_sha256(part)[:12] for name, part in parts.items()},
         "data set": f"{len(source)} samples, {source.fingerprint[:12]}",
+        "set of captions": _captions_sha256(source)[:12],
         "preprocessing": preprocessing,
     }
 
 
-def short_hash(content: Any) -> str:
-    """The beginning of the SHA-256 of what JSON can hold."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+def _captions_sha256(source: DataSource) -> str:
+    """Of the words, which may change and keep their length; for streams the column must do."""
+    words = sha256()
+    for index in range(0 if isinstance(source, StreamedShards) else len(source)):
+        try:
+            words.update(source.caption(index).encode())
+        except DataError as error:
+            words.update(str(error).encode(errors="surrogateescape"))
+        words.update(b"\0")  # no caption holds one
+    return words.hexdigest()
+
+
+class Team(NamedTuple):
+    """The processes that write a cache together.
+
+    Attributes:
+        rank: which of them this one is.
+        world: how many there are.
+        barrier: waits until all have come here.
+    """
+
+    rank: int = 0
+    world: int = 1
+    barrier: Callable[[], object] = lambda: None
+
+
+ALONE = Team()
 
 
 def write_cache(
     folder: Path,
     key: dict[str, str],
     places: Sequence[Place],
-    load: Callable[[list[Place]], Iterable[Any]],
+    load: Callable[[list[Place]], AbstractContextManager[Iterable[Any]]],
     encode: Callable[[Tensor], Tensor],
     embed: Callable[[list[str]], Tensor],
     *,
     flips: bool,
-    skip: bool,
-    rank: int = 0,
-    world: int = 1,
-    barrier: Callable[[], None] = lambda: None,
+    team: Team = ALONE,
 ) -> LatentCache:
     """Write what is missing of a cache, on every process its share of the shards.
 
@@ -136,58 +150,54 @@ def write_cache(
         folder: where to.
         key: of `cache_key`.
         places: every sample of the data set, in order, with the size it is cropped to.
-        load: from places to their items, one after the other: a dict with `pixels`, 3 H W in
-            [-1, 1], and `caption`; or the `DataError` of a bad sample.
+        load: from places to a batch of one for each of them: a dict with `pixels`, 1 3 H W in
+            [-1, 1], `caption` and `bad`, why the sample cannot be read and another stands in; such
+            a sample is kept as this error, which is raised when it is asked for.
         encode: from pixels b 3 H W to moments b 2l h w.
         embed: from captions to contexts b n d.
         flips: keep the mirrored pictures, too.
-        skip: a bad sample is kept as its error, which is raised when it is asked for.
-        rank: which of the processes this one is.
-        world: how many there are.
-        barrier: waits until all have come here.
+        team: whose share of the shards this process writes.
 
     Raises:
         CheckpointError: the folder holds the cache of something else, or the disk is full.
-        DataError: a sample is bad, without `skip`.
+        DataError: of `load`.
     """
     shards = [places[start : start + SHARD] for start in range(0, len(places), SHARD)]
     files = [_file(folder, number) for number in range(len(shards))]
     for file in files:
         _check_key(file, key)
-    missing = [number for number in range(rank, len(shards), world) if not _is_whole(files[number])]
-    wanted = [place for number in missing for place in shards[number]]
-    progress = tqdm(
-        load(wanted),
-        "caching latents",
-        len(wanted),
-        mininterval=1.0,
-        disable=not wanted or rank > 0,
-    )
-    items = iter(progress)
-    for number in missing:
-        tensors, bad = _encode(shards[number], items, encode, embed, flips=flips, skip=skip)
-        metadata = {"key": json.dumps(key), "bad": json.dumps(bad)}
-        with atomic_file(files[number]) as temporary:
-            write_tensors(temporary, tensors, metadata | {"sha256": tensors_sha256(tensors)})
-    progress.close()
-    barrier()
+    mine = range(team.rank, len(shards), team.world)
+    whole = {n: json.loads(_metadata(files[n])["bad"]) for n in mine if _is_whole(files[n])}
+    # What could not be read when they were written may be there now.
+    if bad := [place for n in whole for place in shards[n] if str(place.index) in whole[n]]:
+        with load(bad) as items:
+            for place, item in zip(bad, items, strict=True):
+                if not item["bad"][0]:
+                    whole.pop(place.index // SHARD, None)
+    if missing := [number for number in mine if number not in whole]:
+        wanted = [place for number in missing for place in shards[number]]
+        quiet = {"mininterval": 1.0, "disable": team.rank > 0}
+        with load(wanted) as items, tqdm(items, "caching latents", len(wanted), **quiet) as bar:
+            batches = iter(bar)
+            for number in missing:
+                tensors, bad = _encode(shards[number], batches, encode, embed, flips=flips)
+                metadata = {"key": json.dumps(key), "bad": json.dumps(bad)}
+                metadata["sha256"] = tensors_sha256(tensors)
+                with atomic_file(files[number]) as temporary:
+                    write_tensors(temporary, tensors, metadata)
+    team.barrier()
     _open.cache_clear()
-    if rank == 0:
-        sums = {file.name: _metadata(file)["sha256"] for file in files}
-        with atomic_file(folder / "index.json") as temporary:
-            write_json(temporary, {"made_of": key, "samples": len(places), "shards": sums})
     return LatentCache(folder)
 
 
 @torch.no_grad()
 def _encode(
     places: Sequence[Place],
-    items: Iterable[Any],
+    batches: Iterator[Any],
     encode: Callable[[Tensor], Tensor],
     embed: Callable[[list[str]], Tensor],
     *,
     flips: bool,
-    skip: bool,
 ) -> tuple[dict[str, Tensor], dict[int, str]]:
     """A shard's tensors, and the errors of its bad samples."""
     tensors, bad = dict[str, Tensor](), dict[int, str]()
@@ -195,23 +205,21 @@ def _encode(
     waiting = dict[torch.Size, dict[int, Tensor]]()  # pictures of one size
 
     def flush(pictures: dict[int, Tensor]) -> None:
-        pixels = torch.stack(list(pictures.values()))  # b 3 H W
+        pixels = torch.cat(list(pictures.values()))  # b 3 H W
         views = {"moments": pixels, "flipped": pixels.flip(-1)} if flips else {"moments": pixels}
         for name, view in views.items():
             for index, moments in zip(pictures, encode(view).float().cpu(), strict=True):
                 tensors[f"{index}.{name}"] = moments  # 2l h w
 
-    for number, (place, item) in enumerate(zip(places, items, strict=False)):
-        if isinstance(item, DataError):
-            if not skip:
-                raise item
-            bad[place.index] = str(item)
+    for number, (place, batch) in enumerate(zip(places, batches, strict=False)):
+        if batch["bad"][0]:
+            bad[place.index] = batch["bad"][0]
             continue
-        captions[number] = rows.setdefault(item["caption"], len(rows))
-        pixels = item["pixels"]
+        captions[number] = rows.setdefault(batch["caption"][0], len(rows))
+        pixels = batch["pixels"]
         pictures = waiting.setdefault(pixels.shape, {})
         pictures[place.index] = pixels
-        if (len(pictures) + 1) * pixels[0].numel() > PIXELS:
+        if (len(pictures) + 1) * pixels[0, 0].numel() > PIXELS:
             flush(waiting.pop(pixels.shape))
     for pictures in waiting.values():
         flush(pictures)
@@ -230,17 +238,22 @@ def _open(file: Path) -> Any:
 
 
 def _metadata(file: Path) -> dict[str, str]:
-    """What a shard says of itself; nothing where it is damaged or not there."""
-    try:
-        with safe_open(file, "pt") as shard:
-            return shard.metadata()
-    except (SafetensorError, OSError):
-        return {}
+    """What a shard says of itself."""
+    with safe_open(file, "pt") as shard:
+        return shard.metadata() or {}
 
 
 def _check_key(file: Path, key: dict[str, str]) -> None:
-    """Refuse a shard that something else has made."""
-    then = json.loads(_metadata(file).get("key", "null")) or key
+    """Refuse a shard that something else has made, and any other file in its place."""
+    try:
+        metadata = _metadata(file)
+    except (SafetensorError, OSError):  # damaged, or not there
+        return
+    if not {"key", "bad", "sha256"} <= metadata.keys():
+        raise CheckpointError(
+            f"{file} is of no cache of latents; move it or choose another latent_cache_dir"
+        )
+    then = json.loads(metadata["key"])
     for name, now in key.items():
         if then.get(name) != now:
             raise CheckpointError(
@@ -253,7 +266,7 @@ def _is_whole(file: Path) -> bool:
     if not file.exists():
         return False
     try:
-        if tensors_sha256(read_tensors(file)) == _metadata(file).get("sha256"):
+        if tensors_sha256(read_tensors(file)) == _metadata(file)["sha256"]:
             return True
     except CheckpointError:
         pass

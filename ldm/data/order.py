@@ -46,6 +46,10 @@ class Order(Protocol):
         """The global batch of an optimizer step, from 0."""
         ...
 
+    def alike(self, index: int) -> Sequence[int]:
+        """Samples that fit into the batches of a sample, in the order of their numbers."""
+        ...
+
 
 @dataclass(frozen=True)
 class Shuffled:
@@ -74,6 +78,9 @@ class Shuffled:
             index = int(_permutations(self.seed, epoch, (self.length,))[0][place])
             places.append(Place(index, epoch, step, slot))
         return places
+
+    def alike(self, index: int) -> Sequence[int]:
+        return range(self.length)
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,9 @@ class Bucketed:
             places.append(Place(int(members[order[place]]), visit, step, slot, size))
         return places
 
+    def alike(self, index: int) -> Sequence[int]:
+        return self._members[self.bucket_of[index]]  # type: ignore[return-value]  an array
+
     @cached_property
     def _members(self) -> list[np.ndarray]:
         """The samples of each bucket."""
@@ -138,8 +148,8 @@ class Streamed:
 
     The shards of an epoch stand in a shuffled line, and so do the samples of each. The line is cut
     into `batch_size` equal lanes, and every batch takes the next sample of each lane. So a process,
-    whose slots are neighbours, reads shards that no other one reads, but for the shard that its
-    first lane begins in and the one that its last lane ends in.
+    whose slots are neighbours, reads shards that no other one reads, but for the few in which one
+    process's lanes end and another's begin.
 
     Attributes:
         seed: the run's seed.
@@ -176,29 +186,34 @@ class Streamed:
             places.append(Place(int(index), epoch, step, slot))
         return places
 
+    def alike(self, index: int) -> Sequence[int]:
+        return range(int(self._starts[-1]))
+
     @cached_property
     def _starts(self) -> np.ndarray:
         """Where each shard begins in the data set, and where the last ends."""
         return np.cumsum((0, *self.shard_lengths))
 
 
-def rank_slots(batch_size: int, world_size: int, rank: int) -> slice:
-    """The slots of the global batch that a process takes.
+def micro_batches(batch_size: int, world_size: int, rank: int, accumulation: int) -> list[slice]:
+    """The slots of the global batch that a process takes: a slice for each of its micro-batches.
 
     Raises:
         ConfigError: the batch cannot be shared out evenly.
     """
-    if batch_size < 1 or batch_size % world_size:
+    size, rest = divmod(batch_size, world_size * accumulation)
+    if rest or not size:
         raise ConfigError(
-            f"a global batch of {batch_size} cannot be shared by {world_size} processes;"
-            f" make it a multiple of {world_size}"
+            f"train_batch_size {batch_size} cannot be split over {world_size} process(es) and"
+            f" gradient_accumulation_steps {accumulation}; make it a multiple of"
+            f" {world_size * accumulation}"
         )
-    share = batch_size // world_size
-    return slice(rank * share, (rank + 1) * share)
+    first = rank * accumulation
+    return [slice(i * size, (i + 1) * size) for i in range(first, first + accumulation)]
 
 
 def check_length(length: int, batch_size: int) -> None:
-    """Refuse a data set that would put the same sample into a batch twice.
+    """Refuse a data set that would put the same sample into every batch twice.
 
     Raises:
         DataError: it is smaller than a batch.

@@ -13,16 +13,14 @@ class Sample:
     """One picture with its caption.
 
     Attributes:
-        image: the picture in the mode it is stored in; `ldm.data.transforms.to_rgb` makes it RGB.
+        image: the picture in the mode it is stored in; `ldm.images.to_rgb` makes it RGB.
         caption: what is said of it.
         key: its name in the data set; unique.
-        label: its class, a number from 0, where the data set is read with classes.
     """
 
     image: Image.Image
     caption: str
     key: str
-    label: int | None = None
 
 
 class DataSource(Protocol):
@@ -46,7 +44,7 @@ class DataSource(Protocol):
         ...
 
     def label(self, index: int) -> int | None:
-        """The sample's class, without reading its picture."""
+        """The sample's class, a number from 0, where the data set is read with classes."""
         ...
 
     def size(self, index: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import os
 import re
 import tarfile
 from abc import abstractmethod
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
@@ -27,6 +28,7 @@ from ldm.data.stored import (
     column_class,
     hashed,
     json_object,
+    readable,
 )
 from ldm.errors import DataError
 
@@ -107,7 +109,7 @@ class TarShards(Shards):
         self._stems = shard_stems(self.shards)
         found: list[tuple[int, Entry]] = []
         for number, shard in enumerate(self.shards):
-            with open(shard, "rb") as file:
+            with readable(shard), open(shard, "rb") as file:
                 entries, damage = index_tar(file)
             if damage:
                 found.append((number, Entry("the rest", (0, 0), None, None, damage)))
@@ -117,6 +119,8 @@ class TarShards(Shards):
             raise DataError(f"{path}: no pictures in {len(self.shards)} tar files")
         keys = [self.key(index) for index in range(len(self))]
         spans = [span for _, e in self._samples for span in (e.picture, e.text or e.json)]
+        if not all(entry.text for _, entry in self._samples):
+            keys.append(reading.caption_column)
         self.fingerprint = hashed(keys, [span[1] for span in spans if span])
         if reading.on_bad_sample == "stop":
             self.caption(0)  # a caption column that is not there shows at once
@@ -139,13 +143,9 @@ class TarShards(Shards):
 
     def _find(self, index: int) -> tuple[IO[bytes], Entry]:
         shard, entry = self._samples[index]
-        # Opened anew each time: an open file's position would be shared by forked workers.
-        try:
+        with readable(self.shards[shard]):
+            # Anew each time: an open file's position would be shared by forked workers.
             return open(self.shards[shard], "rb"), entry
-        except OSError as error:
-            raise DataError(
-                f"{self.shards[shard]}: cannot be read ({error.strerror}); was it moved?"
-            ) from error
 
 
 def index_tar(file: IO[bytes]) -> tuple[list[Entry], str]:
@@ -154,41 +154,54 @@ def index_tar(file: IO[bytes]) -> tuple[list[Entry], str]:
     problems: dict[str, str] = {}
     damage = ""
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.size < 0:  # tarfile would go round in circles
-                    raise tarfile.ReadError("a size below zero")
-                folder, slash, name = member.name.rpartition("/")
-                stem, dot, ending = name.partition(".")
-                key, ending = folder + slash + stem, dot + ending.lower()
-                if not stem or member.isdir() or ending not in (*EXTENSIONS, ".txt", ".json"):
-                    continue
-                spans = samples.setdefault(key, {})
-                if not member.isreg() or member.issparse():
-                    problems[key] = f"{name} is no plain file but a link or the like"
-                elif ending in spans:
-                    problems[key] = f"{name} stands there twice"
-                spans[ending] = (member.offset_data, member.size)
-            file.seek(tar.offset)  # tarfile takes any junk for the end
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("no mark of its end")
+        for key, ending, member in _members(file):
+            spans = samples.setdefault(key, {})
+            if ending.count(".") > 1:  # beside a picture it is some mask or the like
+                spans[ending] = (0, 0)
+                continue
+            if not member.isreg() or member.issparse():
+                problems[key] = f"its {ending} is no plain file but a link or the like"
+            elif ending in spans:
+                problems[key] = f"its {ending} stands there twice"
+            spans[ending] = (member.offset_data, member.size)
     # A header may ask for any size, any text, and another header behind it.
     except (tarfile.TarError, OSError, ValueError, MemoryError, RecursionError) as error:
         damage = f"damaged, cut short or no uncompressed tar ({error}); copy or download it again"
-    entries, end = [], file.seek(0, os.SEEK_END)
-    for key, spans in samples.items():
-        pictures = [ending for ending in EXTENSIONS if ending in spans]
-        problem = problems.get(key, "")
-        if len(pictures) > 1:
-            problem = problem or f"has {len(pictures)} pictures, {' and '.join(pictures)}"
-        if not spans.keys() & {".txt", ".json"}:
-            problem = problem or "neither a .txt nor a .json member"
-        if any(sum(span) > end for span in spans.values()):
-            problem = "cut short"
-        if pictures:
-            picture = spans[pictures[0]]
-            entries.append(Entry(key, picture, spans.get(".txt"), spans.get(".json"), problem))
-    return entries, damage
+    end = file.seek(0, os.SEEK_END)
+    entries = [_entry_of(key, spans, problems.get(key, ""), end) for key, spans in samples.items()]
+    return [entry for entry in entries if entry], damage
+
+
+def _members(file: IO[bytes]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Key and ending of whatever may belong to a sample, up to the mark of the tar's end."""
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            if member.size < 0:  # tarfile would go round in circles
+                raise tarfile.ReadError("a size below zero")
+            folder, slash, name = member.name.rpartition("/")
+            stem, dot, ending = name.partition(".")
+            ending = dot + ending.lower()
+            if stem and not member.isdir() and ending.endswith((*EXTENSIONS, ".txt", ".json")):
+                yield folder + slash + stem, ending, member
+        file.seek(tar.offset)  # tarfile takes any junk for the end
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("no mark of its end")
+
+
+def _entry_of(key: str, spans: dict[str, Span], problem: str, end: int) -> Entry | None:
+    """A sample of the members that were found in a tar of so many bytes; None without a picture."""
+    pictures = [ending for ending in EXTENSIONS if ending in spans]
+    if not pictures:
+        odd = next((ending for ending in spans if ending.endswith(EXTENSIONS)), "")
+        problem = f"its ending is {odd}; a key may hold no dot"
+        return Entry(key, (0, 0), None, None, problem) if odd else None
+    if any(sum(span) > end for span in spans.values()):
+        problem = "cut short"
+    elif not problem and len(pictures) > 1:
+        problem = f"has {len(pictures)} pictures, {' and '.join(pictures)}"
+    elif not problem and not spans.keys() & {".txt", ".json"}:
+        problem = "neither a .txt nor a .json member"
+    return Entry(key, spans[pictures[0]], spans.get(".txt"), spans.get(".json"), problem)
 
 
 def _member(file: IO[bytes], span: Span) -> IO[bytes]:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.data.flowers import Flowers
-from ldm.data.folders import CaptionFolder, MetadataFolder, has_pictures, shown
+from ldm.data.folders import CaptionFolder, MetadataFolder, files_below, has_pictures, shown
 from ldm.data.sample import DataSource, Sample
 from ldm.data.shards import TarShards, file_paths
 from ldm.data.stored import DEFAULT, Reading, hashed
@@ -154,9 +154,9 @@ def open_source(
         raise DataError(f"{root}: has no split {split!r}; {suggest(split, folders)}")
     if any(root.glob("*.tar")):
         return TarShards(root, reading)
-    if next(root.rglob("metadata.jsonl"), None):
+    if files_below(root, "metadata.jsonl"):
         return MetadataFolder(root, reading)
     # img2dataset leaves tables beside its pictures, too.
-    if not has_pictures(root) and (tables := sorted(map(str, root.rglob("*.parquet")))):
-        return open_parquet(tables, reading)
+    if not has_pictures(root) and (tables := files_below(root, "*.parquet")):
+        return open_parquet([str(table) for table in tables], reading)
     return CaptionFolder(root, reading)

@@ -11,18 +11,20 @@ import hashlib
 import io
 import json
 import logging
-import struct
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import IO, Any, Literal, TypeVar
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ldm.data.sample import Sample
 from ldm.errors import DataError
+from ldm.images import upright_size
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +104,7 @@ class Stored(ABC):
     def __getitem__(self, index: int) -> Sample:
         with self._open(index) as stream:
             image = decode(stream.read(), self._where(index))
-        return Sample(image, self.caption(index), self.key(index), self.label(index))
+        return Sample(image, self.caption(index), self.key(index))
 
     def size(self, index: int) -> tuple[int, int]:
         """Width and height in pixels of the upright picture; only its header is read."""
@@ -146,6 +148,19 @@ class Stored(ABC):
         return found
 
 
+@contextmanager
+def readable(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Around whatever reads a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); was it moved?") from error
+
+
 def decode(data: bytes, where: str) -> Image.Image:
     """A stored picture, in the mode it is stored in; of an animation, the first frame.
 
@@ -166,14 +181,7 @@ def picture_size(stream: IO[bytes], where: str) -> tuple[int, int]:
     Raises:
         DataError: as for `decode`, as far as the header shows.
     """
-    image = _identify(stream, where)
-    try:
-        # The base class's method: PNG's own decodes the pixels to look for EXIF behind them.
-        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except (SyntaxError, struct.error):  # damaged EXIF turns nothing
-        orientation = 1
-    width, height = image.size
-    return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+    return upright_size(_identify(stream, where))
 
 
 def _identify(stream: IO[bytes], where: str) -> Image.Image:

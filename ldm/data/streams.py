@@ -2,7 +2,7 @@
 
 A shard is fetched whole when one of its samples is first asked for, and read like any other tar.
 How many samples it has must be known before the first step: from `index.json` beside the shards,
-which `scripts/prepare_data.py index FOLDER` writes, or from img2dataset's `00000_stats.json`.
+which `scripts/prepare_data.py FOLDER` writes, or from img2dataset's `00000_stats.json`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import copy
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -19,11 +20,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import accumulate
+from math import ceil
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 from ldm.data.shards import Entry, Shards, expand_braces, index_tar, shard_stems
-from ldm.data.stored import DEFAULT, Reading, hashed, json_object
+from ldm.data.stored import DEFAULT, Reading, hashed, json_object, readable
 from ldm.errors import ConfigError, DataError
 
 PROTOCOLS = ("http", "https", "s3", "gs", "hf")
@@ -34,6 +36,11 @@ BACKOFF = (1.0, 4.0, 16.0)
 
 LISTINGS = 256
 """Shards of which a process remembers the members."""
+
+IN_USE = "in use"
+"""A file that whoever uses a cache holds locked."""
+
+ANEW = "write that anew with scripts/prepare_data.py"
 
 Result = TypeVar("Result")
 
@@ -85,6 +92,7 @@ class StreamedShards(Shards):
         self.reading, self.missing = reading, []
         self._cache = _Cache(reading.shard_cache_gb)
         self._listings: dict[int, list[Entry]] = {}
+        self._broken: dict[int, str] = {}  # what is wrong with shards that are not tried again
         self._use([shard for shard in _count(expand_braces(address)) if shard.samples])
         if not self.shards:
             raise DataError(f"{address}: no samples in any shard")
@@ -97,13 +105,31 @@ class StreamedShards(Shards):
         self.shards = shards[: len(self.shard_lengths)]
         self._ends = ends[: len(self.shards)]
         numbers = [n for s in self.shards for n in (s.samples, s.size)] + self._ends[-1:]
-        self.fingerprint = hashed([shard.name for shard in self.shards], numbers)
+        names = [shard.name for shard in self.shards]
+        self.fingerprint = hashed([*names, self.reading.caption_column], numbers)
 
     def part(self, shards: Sequence[int], samples: int | None = None) -> StreamedShards:
         """Some of the shards, and of these only the first `samples`."""
         part = copy.copy(self)
         part._use([self.shards[number] for number in shards], samples)
         return part
+
+    def check_cache(self, open_at_once: int) -> None:
+        """Refuse a cache that the shards of one batch do not fit into, as far as sizes are known.
+
+        Args:
+            open_at_once: shards that a process reads from in turns.
+
+        Raises:
+            ConfigError: `shard_cache_gb` is too small; each shard would be fetched many times.
+        """
+        open_at_once = min(open_at_once, len(self.shards))
+        needed = open_at_once * max(shard.size for shard in self.shards)
+        if needed > self._cache.limit:
+            raise ConfigError(
+                f"shard_cache_gb {self.reading.shard_cache_gb:g} cannot hold the {open_at_once}"
+                f" shards that are read at once; set it to {ceil(needed / 1e7) / 100:g} or more"
+            )
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -125,11 +151,17 @@ class StreamedShards(Shards):
 
     def _find(self, index: int) -> tuple[IO[bytes], Entry]:
         shard, place = self._place(index)
-        file = self._cache.open(shard)
-        if shard.number not in self._listings:
-            if len(self._listings) >= LISTINGS:
-                del self._listings[next(iter(self._listings))]
-            self._listings[shard.number] = _list(shard, file)
+        if shard.number in self._broken:
+            raise DataError(self._broken[shard.number])
+        try:
+            file = self._cache.open(shard)
+            if shard.number not in self._listings:
+                if len(self._listings) >= LISTINGS:
+                    del self._listings[next(iter(self._listings))]
+                self._listings[shard.number] = _list(shard, file)
+        except DataError as error:
+            self._broken[shard.number] = str(error)
+            raise
         entry = self._listings[shard.number][place]
         if entry.problem:
             file.close()
@@ -144,7 +176,7 @@ def _list(shard: Shard, file: IO[bytes]) -> list[Entry]:
     if len(entries) != shard.samples:
         raise DataError(
             f"{shard.address}: holds {len(entries)} pictures, but {shard.samples} by its index;"
-            " write that anew with scripts/prepare_data.py index"
+            f" {ANEW}"
         )
     return entries
 
@@ -153,17 +185,23 @@ class _Cache:
     """A folder of shards, the least recently used of which make way for others."""
 
     def __init__(self, gigabytes: float):
+        from filelock import FileLock
         from psutil import pid_exists
 
         self.limit = int(gigabytes * 1e9)
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm" / "shards"
         home.mkdir(parents=True, exist_ok=True)
         host = socket.gethostname()
-        for left in home.glob(f"{host}-*-*"):  # by processes that were killed
-            if not pid_exists(int(left.name.rsplit("-", 2)[1])):
-                shutil.rmtree(left, ignore_errors=True)
+        for left in home.iterdir():  # by processes of this machine that were killed
+            ours = re.fullmatch(re.escape(host) + r"-(\d{1,9})-[^-]+", left.name)
+            if ours and not pid_exists(int(ours[1])):
+                # Two machines, or containers, of one name may share the folder.
+                with suppress(OSError), FileLock(left / IN_USE, timeout=0):
+                    shutil.rmtree(left, ignore_errors=True)
         self.folder = Path(tempfile.mkdtemp(prefix=f"{host}-{os.getpid()}-", dir=home))
-        atexit.register(_remove, self.folder, os.getpid())
+        lock = FileLock(self.folder / IN_USE)
+        lock.acquire()
+        atexit.register(_remove, self.folder, os.getpid(), lock)
 
     def open(self, shard: Shard) -> IO[bytes]:
         path = self.folder / f"{shard.number:05d}.tar"
@@ -193,8 +231,7 @@ class _Cache:
                 raise DataError(f"{address}: there is no such shard") from error
             if shard.size not in (0, part.stat().st_size):
                 raise DataError(
-                    f"{address}: {part.stat().st_size} bytes, but {shard.size} by index.json;"
-                    " write that anew with scripts/prepare_data.py index"
+                    f"{address}: {part.stat().st_size} bytes, {shard.size} by index.json; {ANEW}"
                 )
             part.rename(path)
 
@@ -211,9 +248,39 @@ class _Cache:
             total -= freed
 
 
-def _remove(folder: Path, owner: int) -> None:
+def _remove(folder: Path, owner: int, lock: Any) -> None:
     if os.getpid() == owner:  # and not a forked worker
+        lock.release()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_index(folder: Path) -> tuple[int, list[str]]:
+    """Write `folder/index.json`, which says how many samples each tar below the folder has.
+
+    Returns:
+        How many samples there are, and a line for each tar with bad ones, which count, too.
+
+    Raises:
+        DataError: there are no tars, or one is damaged.
+    """
+    from ldm.checkpoint.io import atomic_file, write_json
+
+    shards, bad = dict[str, dict[str, int]](), list[str]()
+    for tar in sorted(folder.rglob("*.tar")):
+        with readable(tar), tar.open("rb") as file:
+            entries, damage = index_tar(file)
+        if damage:
+            raise DataError(f"{tar}: {damage}")
+        if odd := [entry for entry in entries if entry.problem]:
+            first = odd[0]
+            bad.append(f"{tar}: {len(odd)} bad samples; the first is {first.key}: {first.problem}")
+        name = tar.relative_to(folder).as_posix()
+        shards[name] = {"samples": len(entries), "size": tar.stat().st_size}
+    if not shards:
+        raise DataError(f"{folder}: no tars there; give the folder of the shards")
+    with atomic_file(folder / "index.json") as file:
+        write_json(file, {"shards": shards})
+    return sum(row["samples"] for row in shards.values()), bad
 
 
 def _count(addresses: list[str]) -> list[Shard]:
@@ -237,10 +304,10 @@ def _count(addresses: list[str]) -> list[Shard]:
         except (FileNotFoundError, KeyError) as error:
             raise DataError(
                 f"{folder}: no index.json and no statistics of img2dataset say how many samples its"
-                " shards have; where they lie, run: python scripts/prepare_data.py index FOLDER"
+                " shards have; where they lie, run: python scripts/prepare_data.py FOLDER"
             ) from error
     except (KeyError, TypeError) as error:
-        raise DataError(f"{folder}/index.json: says nothing of {error}; write it anew") from error
+        raise DataError(f"{folder}/index.json: says nothing of {error}; {ANEW}") from error
     try:
         return [
             Shard(number, address, name, int(row["samples"]), int(row.get("size", 0)))
@@ -249,7 +316,7 @@ def _count(addresses: list[str]) -> list[Shard]:
             )
         ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{folder}/index.json: is damaged ({error}); write it anew") from error
+        raise DataError(f"{folder}/index.json: is damaged ({error}); {ANEW}") from error
 
 
 def _file_system(address: str) -> Any:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import bisect
 import io
+import os
 import re
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from ldm.data.shards import shard_stems
 from ldm.data.stored import Reading, Stored, clean_caption, column_class, hashed, listed
 from ldm.errors import DataError
 
@@ -28,7 +30,7 @@ class Table(Stored):
         dataset: what `datasets` loaded; nothing of it is decoded.
         parts: names of the files it was made of, and how many rows each has.
         reading: `image_column`, `caption_column`, `class_column` and `on_bad_sample` matter here.
-        root: rows may name pictures below this folder, in place of bytes.
+        roots: rows may name pictures below these folders, in place of bytes.
 
     Raises:
         DataError: a column is missing or holds something else, or rows without captions.
@@ -39,11 +41,10 @@ class Table(Stored):
         dataset: Dataset,
         parts: Sequence[tuple[str, int]],
         reading: Reading,
-        root: Path | None = None,
+        roots: Sequence[str] = (),
     ):
-        from pyarrow import compute, types
-
-        self.reading, self._table, self._root = reading, dataset.data, root
+        self.reading, self._table = reading, dataset.data
+        self._roots = [Path(root).resolve() for root in roots]
         self._parts = [name for name, _ in parts]
         self._starts = list(accumulate((rows for _, rows in parts), initial=0))
         where, names, wanted = self._parts[0], dataset.column_names, reading.class_column
@@ -54,41 +55,55 @@ class Table(Stored):
             raise DataError(f"{where}: has no folders; name a class_column of {listed(names)}")
         if wanted:
             _choose("class", wanted, names, where)
-        pictures, words = self._table.column(self._image), self._table.column(self._words)
-        fields = {"bytes": pictures}
-        if types.is_struct(pictures.type):
-            fields = dict(zip(pictures.type.names, pictures.flatten(), strict=True))
-        for name, column, kinds, what in (
-            (self._image, fields.get("bytes"), ("binary", "large_binary"), "pictures"),
-            (self._words, words, ("string", "large_string"), "text"),
-        ):
-            if column is None or str(column.type) not in kinds:
-                kind = self._table.column(name).type
-                raise DataError(f"{where}: the column {name!r} holds no {what} but {kind}")
-        sizes, lengths = (
-            compute.call_function("binary_length", [column]).to_pylist()
-            for column in (fields["bytes"], words)
-        )
-        paths = fields["path"].to_pylist() if root and "path" in fields else [None] * len(sizes)
+        sizes, paths, lengths = self._measure(where)
 
-        def entry(row: int) -> tuple[int, int]:
-            """The row, and its picture's size in bytes."""
-            if lengths[row] is None:
+        def entry(row: int) -> tuple[int, list[int]]:
+            """The row, with the sizes of its picture and its caption in bytes."""
+            size, length = sizes[row], lengths[row]
+            if length is None:
                 raise DataError(f"{self._name(row)}: no text in the caption column {self._words!r}")
-            size = sizes[row]
-            return row, self._file(paths[row], row).stat().st_size if size is None else size
+            if size is None:
+                size = self._file(paths[row], row).stat().st_size
+            return row, [size, length]
 
         rows = [row for row, size in enumerate(sizes) if size is not None or paths[row]]
         entries = self._gather(where, rows, entry)
         if not entries:
             raise DataError(f"{where}: no pictures in the column {self._image!r}")
         self._rows = [row for row, _ in entries]
-        self.fingerprint = hashed([], [n for row, size in entries for n in (size, lengths[row])])
+        numbers = [size for _, pair in entries for size in pair]
+        self.fingerprint = hashed([self._image, self._words], numbers)
+
+    def _measure(self, where: str) -> tuple[list[Any], list[Any], list[Any]]:
+        """Bytes of every row's picture, the file that it may name instead, and its caption's bytes.
+
+        Raises:
+            DataError: a column holds something else.
+        """
+        from pyarrow import compute, types
+
+        pictures, words = self._table.column(self._image), self._table.column(self._words)
+        fields = {"bytes": pictures}
+        if types.is_struct(pictures.type):
+            fields = dict(zip(pictures.type.names, pictures.flatten(), strict=True))
+        data = fields.get("bytes")
+        for name, column, kinds, what in (
+            (self._image, data, ("binary", "large_binary"), "pictures"),
+            (self._words, words, ("string", "large_string"), "text"),
+        ):
+            if column is None or str(column.type) not in kinds:
+                kind = self._table.column(name).type
+                raise DataError(f"{where}: the column {name!r} holds no {what} but {kind}")
+        sizes, lengths = (
+            compute.call_function("binary_length", [column]).to_pylist() for column in (data, words)
+        )
+        named = self._roots and "path" in fields
+        return sizes, fields["path"].to_pylist() if named else [None] * len(sizes), lengths
 
     def _file(self, path: str | None, row: int) -> Path:
         """A picture that a row names, of the data set's own files."""
-        file = Path(path or "").resolve()
-        if self._root is None or not file.is_relative_to(self._root) or not file.is_file():
+        file = Path(path or "")
+        if not os.path.isfile(file) or not any(map(file.resolve().is_relative_to, self._roots)):
             raise DataError(f"{self._name(row)}: {path} is no file of the data set")
         return file
 
@@ -140,9 +155,9 @@ def open_parquet(files: Sequence[str], reading: Reading) -> Table:
     from pyarrow import ArrowException, parquet
 
     parts = []
-    for file in files:
+    for file, name in zip(files, shard_stems(list(files)), strict=True):
         try:
-            parts.append((Path(file).stem, parquet.read_metadata(file).num_rows))
+            parts.append((name, parquet.read_metadata(file).num_rows))
         except (ArrowException, OSError) as error:
             raise DataError(f"{file}: is damaged, or no parquet file ({_line(error)})") from error
     dataset = load("parquet", data_files=list(files), split="train")
@@ -157,10 +172,12 @@ def open_hub(name: str, configuration: str | None, reading: Reading) -> Table:
     """
     load = _load_dataset()
     from datasets import config
+    from huggingface_hub import constants
 
     dataset = load(name, configuration, split="train")
-    root = Path(name) if Path(name).is_dir() else Path(config.HF_CACHE_HOME)
-    return Table(dataset, [(name, len(dataset))], reading, root.resolve())
+    caches = (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)
+    roots = (name,) if Path(name).is_dir() else tuple(map(str, caches))
+    return Table(dataset, [(name, len(dataset))], reading, roots)
 
 
 def _load_dataset() -> Callable[..., Dataset]:

@@ -5,6 +5,7 @@ Letters: b batch, c channels, h height, w width; pictures are h w c as arrays, c
 
 from __future__ import annotations
 
+from math import inf
 from typing import Literal
 
 import torch
@@ -43,7 +44,7 @@ def prepare(
 
     Raises:
         ConfigError: the filter does not exist, or something random is asked for without draws.
-        DataError: the pixels cannot be read.
+        DataError: the pixels cannot be read, or the picture is too long and thin to be scaled.
     """
     name = interpolation.upper()
     if name not in Image.Resampling.__members__:
@@ -53,13 +54,19 @@ def prepare(
         )
     if draws is None and (random_flip or not center_crop):
         raise ConfigError("random_flip and a random crop need draws")
+    where = f"{key}: " if key else ""
     try:
         image = to_rgb(image)
     except DataError as error:
-        raise DataError(f"{key}: {error}" if key else str(error)) from error
+        raise DataError(f"{where}{error}") from error
     height, width = (size, size) if isinstance(size, int) else size
     scale = max(width / image.width, height / image.height)
     scaled = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    if scaled[0] * scaled[1] > (Image.MAX_IMAGE_PIXELS or inf):
+        raise DataError(
+            f"{where}{image.width} x {image.height} pixels are too long and thin to fill"
+            f" {width} x {height}"
+        )
     across, down, mirror = (0.5, 0.5, 1.0) if draws is None else draws.uniform(3).tolist()
     if center_crop:
         left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2

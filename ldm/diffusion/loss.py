@@ -28,7 +28,6 @@ def diffusion_loss(
     noise: Tensor,
     t: Tensor,
     context: Tensor,
-    prediction: Prediction | None = None,
     min_snr_gamma: float | None = None,
     *,
     seen_noise: Tensor | None = None,
@@ -46,7 +45,6 @@ def diffusion_loss(
         noise: standard normal, b c h w.
         t: integer timesteps in [0, T - 1], b; best kept on the CPU.
         context: text embeddings, b n d.
-        prediction: what the network predicts; the schedule's by default.
         min_snr_gamma: weight the samples by `min_snr_weight`; 5 is the paper's choice.
         seen_noise: what x_t is made with, where that is not the noise to predict, b c h w.
         loss_type: see `distance`.
@@ -59,7 +57,7 @@ def diffusion_loss(
 
     Source: Ho et al. 2020, eq. 14; Nichol & Dhariwal 2021, eq. 16.
     """
-    prediction = prediction or schedule.config.prediction_type
+    prediction = schedule.config.prediction_type
     alpha, sigma_rate = (per_sample(rate, x0) for rate in schedule.rates(t))
     x_t = alpha * x0 + sigma_rate * (noise if seen_noise is None else seen_noise)
     output = network(x_t, t.to(torch.float32).to(x0.device, non_blocking=True), context)

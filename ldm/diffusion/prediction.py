@@ -1,4 +1,4 @@
-"""What a network may predict: epsilon, v or x0, how each turns into the others; and variance.
+"""What a network may predict (epsilon, v, x0, and its variance), and how each becomes the others.
 
 At the VP scale x_t = alpha x0 + sigma_rate epsilon, with alpha = sqrt(abar) and
 sigma_rate = sqrt(1 - abar), so that alpha^2 + sigma_rate^2 = 1; and

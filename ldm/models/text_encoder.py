@@ -8,6 +8,7 @@ words of one's own, Gal et al. 2023 (textual inversion).
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from itertools import accumulate, pairwise
@@ -87,6 +88,12 @@ class TextEncoder(nn.Module):
     def max_tokens(self) -> int:
         """n, the tokens of every prompt, its start, end and padding included."""
         return self.tower.max_tokens
+
+    def settings(self) -> dict[str, Any]:
+        """What contexts depend on beside the tensors, as JSON can hold it; `tokenizer` apart."""
+        names = ("max_tokens", "start", "end", "padding")
+        own = {name: getattr(self.tower, name) for name in names}
+        return {"skip": self.skip} | own | self.tower.settings()
 
     def train(self, mode: bool = True) -> TextEncoder:
         """Stays in evaluation mode, whatever the mode of the model that holds it."""
@@ -330,6 +337,14 @@ class TransformersTower(nn.Module):
         """A row `d` for every token."""
         return self.model.embeddings.token_embedding
 
+    def settings(self) -> dict[str, Any]:
+        """See `TextEncoder.settings`."""
+        names = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        parts = ("model", "added_tokens", "normalizer", "pre_tokenizer")
+        own = {name: getattr(self.model.config, name) for name in names}
+        return own | {"tokenizer": [tokenizer[part] for part in parts]}
+
     def tokenize(self, text: str) -> list[tuple[int, str]]:
         """Token numbers, each with the part of the text that it stands for and spaces after it."""
         encoded = self.tokenizer(
@@ -380,6 +395,10 @@ class OpenClipTower(nn.Module):
     def table(self) -> nn.Embedding:
         """A row `d` for every token."""
         return self.model.token_embedding
+
+    def settings(self) -> dict[str, Any]:
+        """See `TextEncoder.settings`."""
+        return {"tokenizer": [self.tokenizer.encoder, list(self.tokenizer.bpe_ranks)]}
 
     def tokenize(self, text: str) -> list[tuple[int, str]]:
         """Token numbers, each with the part of the text that it stands for and spaces after it.

@@ -8,7 +8,7 @@ Legend: b batch, n tokens of a caption, d width of the shared space, g global ba
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +17,15 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ldm.checkpoint.folder import save_text_encoder
 from ldm.checkpoint.tokenizer import clip_tokenizer
 from ldm.config import ClipConfig, TowerConfig
-from ldm.data.order import Place
 from ldm.data.sample import DataSource
 from ldm.models.text_encoder import TextEncoder, TransformersTower
 from ldm.training.config import ClipTraining
-from ldm.training.stage import Batch, Stage, load_sample
+from ldm.training.samples import Batch
+from ldm.training.stage import Captioned, Stage
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -34,20 +33,6 @@ if TYPE_CHECKING:
 # What CLIP normalises pictures by (Radford et al. 2021): saved in the vision tower's preprocessor.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MAX_TEMPERATURE = 100.0  # the logits' scale is clipped here, as in the paper
-
-
-@dataclass(frozen=True)
-class ClipData(Dataset[Batch]):
-    """Pixels and their caption."""
-
-    source: DataSource
-    config: ClipTraining
-    validation: bool
-
-    def __getitem__(self, place: Place) -> Batch:
-        augment = not self.validation
-        pixels, caption = load_sample(self.source, place, self.config, augment=augment)
-        return {"pixels": pixels, "caption": caption}
 
 
 class ClipStage(Stage):
@@ -79,8 +64,8 @@ class ClipStage(Stage):
         self.mean = torch.tensor(MEAN, device=device).reshape(1, 3, 1, 1)
         self.std = torch.tensor(STD, device=device).reshape(1, 3, 1, 1)
 
-    def dataset(self, source: DataSource, *, validation: bool) -> ClipData:
-        return ClipData(source, self.config, validation)
+    def dataset(self, source: DataSource, *, validation: bool) -> Captioned:
+        return Captioned(source, self.config, validation)
 
     def loss(self, player: str, batch: Batch, step: int) -> dict[str, Tensor]:
         images, texts, scale = self._embed(self.players["clip"], batch)  # b d, b d

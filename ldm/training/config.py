@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ldm.config import AutoencoderConfig, ClipConfig, Prediction, ScheduleConfig, UNetConfig
 from ldm.errors import ConfigError
@@ -136,7 +136,7 @@ class TrainingConfig:
             "max_bucket_reso", "bucket_reso_steps",
         )  # fmt: skip
         for name in positive:
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # nor NaN
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("checkpoints_total_limit", "max_train_samples"):
             if (number := getattr(self, name)) is not None and number < 1:
@@ -144,7 +144,7 @@ class TrainingConfig:
         for name in (
             "dataloader_num_workers", "lr_warmup_steps", "lr_decay_steps", "adam_weight_decay",
         ):  # fmt: skip
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if self.lr_decay_steps and self.lr_scheduler != "constant":
             raise ConfigError(
@@ -197,6 +197,11 @@ class VaeTraining(TrainingConfig):
             raise ConfigError(
                 "the adversarial loss is weighed by the gradients of the whole batch, so it cannot"
                 " be accumulated; set gradient_accumulation_steps to 1"
+            )
+        if self.torch_compile and self.disc_start is not None:
+            raise ConfigError(
+                "the adversarial loss is differentiated twice, and compiled networks do not allow"
+                " that; turn torch_compile off"
             )
         if self.decoder_only and not self.pretrained_model_name_or_path:
             raise ConfigError(
@@ -310,10 +315,10 @@ class UNetTraining(TrainingConfig):
         if self.fsdp and self.mixed_precision == "fp16":
             raise ConfigError("fsdp cannot share out the loss scale of fp16; use bf16 or no")
         for name in ("noise_offset", "input_perturbation", "vlb_weight"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         for name in ("num_validation_images", "num_inference_steps", "snr_gamma", "huber_c"):
-            if (number := getattr(self, name)) is not None and number <= 0:
+            if (number := getattr(self, name)) is not None and not number > 0:
                 raise ConfigError(f"{name} is {number}; it must be positive")
         if self.num_inference_steps > self.schedule.num_train_timesteps:
             raise ConfigError(
@@ -367,3 +372,36 @@ def learning_rate_at(config: TrainingConfig, step: int, base: float | None = Non
     constant = min(1.0, (config.max_train_steps - step) / max(config.lr_decay_steps, 1))
     decay = {"constant": constant, "linear": 1 - done, "cosine": 0.5 * (1 + cos(pi * done))}
     return base * decay[config.lr_scheduler]
+
+
+# Options that may change between a run and its resumption without changing what is learnt.
+FREE = {
+    "output_dir", "train_data_dir", "dataset_name", "on_bad_sample", "shard_cache_gb",
+    "on_non_finite", "torch_compile", "cache_latents", "latent_cache_dir", "fsdp",
+    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path",
+    "pretrained_text_encoder_name_or_path", "checkpointing_steps", "checkpoints_total_limit",
+    "resume_from_checkpoint", "validation_steps", "validation_samples", "validation_prompts",
+    "num_validation_images", "validation_class_labels",
+    "logging_steps", "report_to", "dataloader_num_workers",
+    "gradient_accumulation_steps", "gradient_checkpointing", "guidance_scale",
+    "num_inference_steps",
+}  # fmt: skip
+LEARNING_RATE = {"lr_scheduler", "lr_warmup_steps", "lr_decay_steps", "max_train_steps"}
+
+
+def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A configuration as `plain`, its nested options by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in plain(options).items():
+        nested = isinstance(value, dict)
+        found |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return found
+
+
+def plain(value: Any) -> Any:
+    """A configuration as JSON gives it back."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

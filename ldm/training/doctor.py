@@ -8,33 +8,49 @@ from __future__ import annotations
 import resource
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import broadcast_object_list
 
-from ldm.data.order import Bucketed
+from ldm.data.order import Bucketed, Place
 from ldm.data.sample import DataSource
 from ldm.data.sources import first
+from ldm.data.streams import StreamedShards
 from ldm.errors import DataError
-from ldm.training.config import TrainingConfig
+from ldm.training.config import TrainingConfig, UNetTraining
+from ldm.training.cost import unet_cost
 from ldm.training.loop import Run
-from ldm.training.state import find_checkpoint
-from ldm.training.stop import Stop
+from ldm.training.state import find_checkpoint, is_main_process
+from ldm.training.validation import validation_sums
 
 Result = TypeVar("Result")
 
 HEADERS = 2000  # samples whose headers are read, spread over the data
 SECONDS = 15.0  # spent on measured steps
 STEPS = 10  # at most so many
+GRID_STEPS = 4  # of the sampler, in the sample grid
+
+
+class Measured(NamedTuple):
+    """Seconds, but for `waited`, a share of a step.
+
+    Attributes:
+        step: of an optimizer step, at the largest shape.
+        waited: the part of it in which the process waits for data.
+        validation: with its sample grid.
+        save: of a checkpoint.
+    """
+
+    step: float
+    waited: float
+    validation: float
+    save: float
 
 
 @dataclass
@@ -49,13 +65,14 @@ class Report:
     lines: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
 
-    def timed(self, work: Callable[[], Result]) -> tuple[Result, float]:
-        """The result of some work, and the seconds it took."""
-        began = time.perf_counter()
-        result = work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return result, time.perf_counter() - began
+
+def timed(work: Callable[[], Result]) -> tuple[Result, float]:
+    """The result of some work, and the seconds it took."""
+    began = time.perf_counter()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - began
 
 
 def examine(name: str, config: TrainingConfig, sources: tuple[DataSource, DataSource]) -> Report:
@@ -74,34 +91,30 @@ def examine(name: str, config: TrainingConfig, sources: tuple[DataSource, DataSo
     with _throwaway_folder(config.output_dir) as folder:
         # A cache of all samples would take hours: what is measured is trained from a small one.
         least = 4 * config.train_batch_size
-        small = replace(
-            config,
-            output_dir=folder,
-            report_to=None,
-            resume_from_checkpoint=None,
-            **({"latent_cache_dir": None} if getattr(config, "latent_cache_dir", None) else {}),
-        )
+        small = replace(config, output_dir=folder, report_to=None, resume_from_checkpoint=None)
+        if isinstance(small, UNetTraining):
+            few_steps = min(config.num_inference_steps, GRID_STEPS)
+            small = replace(small, latent_cache_dir=None, num_inference_steps=few_steps)
         few = first(data, least) if getattr(config, "cache_latents", False) else data
         run = Run(name, small, few, first(validation, min(len(validation), 8)))
         report.lines.append(run.summary())
         _read_headers(report, data, config, run)
-        _, seconds = report.timed(run.prepare)
+        _, seconds = timed(run.prepare)
         if few is not data:
             hours = seconds / len(few) * len(data) / 3600
             report.lines.append(f"cache: {len(few)} samples in {seconds:.1f} s; all: {hours:.2g} h")
-        step, waited = _measure_steps(report, run, data)
-        result, render = report.timed(lambda: run.validate(Stop()))
-        assert result is not None  # no signal is watched for
-        report.lines.append(f"validation: {render:.1f} s with its sample grid")
-        save = _measure_save(report, run)
+        step, waited = _measure_steps(report, run)
+        render = _measure_validation(report, run, config, len(validation))
+        measured = Measured(step, waited, render, _measure_save(report, run))
         if dist.is_initialized():
-            weights = torch.zeros(run.parameters(), device=run.accelerator.device)
-            _, seconds = report.timed(lambda: dist.all_reduce(weights))
+            weights = torch.zeros(run.parameter_count(), device=run.accelerator.device)
+            _, seconds = timed(lambda: dist.all_reduce(weights))
             report.lines.append(
                 f"all-reduce of all gradients: {seconds * 1e3:.0f} ms"
                 f" over {run.accelerator.num_processes} processes"
             )
-        _sum_up(report, run, config, data, step, waited, render, save)
+        _sum_up(report, run, config, len(data), measured)
+        run.accelerator.wait_for_everyone()  # the folder goes
     return report
 
 
@@ -109,8 +122,8 @@ def _read_headers(report: Report, data: DataSource, config: TrainingConfig, run:
     """Sizes and captions of samples from all over the data."""
     count = min(HEADERS, len(data))
     indices = [i * len(data) // count for i in range(count)]
-    if hasattr(data, "shard_lengths"):
-        indices = list(range(min(count, data.shard_lengths[0])))  # type: ignore[attr-defined]
+    if isinstance(data, StreamedShards):
+        indices = list(range(min(count, data.shard_lengths[0])))
     sizes, bad, captions = [], [], []
     for index in indices:
         try:
@@ -148,20 +161,24 @@ def _read_headers(report: Report, data: DataSource, config: TrainingConfig, run:
             )
 
 
-def _measure_steps(report: Report, run: Run, data: DataSource) -> tuple[float, float]:
+def _measure_steps(report: Report, run: Run) -> tuple[float, float]:
     """Seconds of a step at the largest shape, and the share of it that waits for data."""
     if isinstance(run.order, Bucketed):
         report.lines.append(f"buckets: {', '.join(f'{w}x{h}' for h, w in run.order.sizes)}")
     steps, waits = list[float](), list[float]()
+    run.state.step = getattr(run.config, "disc_start", None) or 0  # with all that will play
     # The largest shapes of the first steps: where memory ends, the run would end.
     numbers = sorted(range(min(50, run.config.max_train_steps)), key=lambda s: -_area(run, s))
     with run.loader(numbers[:STEPS]) as loader:
         for _ in numbers[:STEPS]:
-            batches, wait = report.timed(lambda: list(islice(loader, run.pieces)))
-            _, step = report.timed(lambda batches=batches: run.update(batches))
+            (batches, _), wait = timed(lambda: run.read(loader))
+            _, step = timed(lambda batches=batches: run.update(batches))
             steps.append(wait + step)
             waits.append(wait)
-            if sum(steps) > SECONDS:
+            enough = torch.tensor(float(sum(steps) > SECONDS), device=run.accelerator.device)
+            if dist.is_initialized():
+                dist.all_reduce(enough, dist.ReduceOp.MAX)
+            if enough:
                 break
     # The first step compiles, allocates, and waits for workers to start.
     counted = slice(1 if len(steps) > 1 else 0, None)
@@ -172,7 +189,28 @@ def _measure_steps(report: Report, run: Run, data: DataSource) -> tuple[float, f
         f"step: {seconds:.3g} s for {run.config.train_batch_size} pictures,"
         f" {rate:.3g} images/s, {waited:.0%} of it waiting for data"
     )
+    if isinstance(run.config, UNetTraining):
+        network, half = run.state.modules["unet"].config, run.config.mixed_precision != "no"
+        factor = run.stage.vae.config.downsample_factor  # type: ignore[attr-defined]
+        side = run.config.resolution // factor
+        cost = unet_cost(network, side, side, half=half)  # type: ignore[arg-type]
+        report.lines.append(
+            f"U-Net: {cost.total / 1e9:.3g} GFLOP a picture, forward and backward:"
+            f" {cost.total * rate / 1e12:.3g} TFLOP/s"
+        )
     return seconds, waited
+
+
+def _measure_validation(report: Report, run: Run, config: TrainingConfig, samples: int) -> float:
+    """Seconds of a validation, from a few samples and a few of the sampler's steps."""
+    few = [[Place(index) for index in range(len(run.validation_data))]]
+    _, losses = timed(lambda: validation_sums(run, few))
+    losses *= samples / len(few[0]) / run.accelerator.num_processes
+    _, grid = timed(run.stage.preview)
+    if isinstance(config, UNetTraining):
+        grid *= config.num_inference_steps / min(config.num_inference_steps, GRID_STEPS)
+    report.lines.append(f"validation: {losses:.1f} s, and {grid:.1f} s for its sample grid")
+    return losses + grid
 
 
 def _area(run: Run, step: int) -> int:
@@ -183,10 +221,10 @@ def _area(run: Run, step: int) -> int:
 
 def _measure_save(report: Report, run: Run) -> float:
     """Seconds of a checkpoint, which is loaded again."""
-    _, seconds = report.timed(run.save)
+    _, seconds = timed(run.save)
     folder = find_checkpoint("latest", run.config.output_dir)
     assert folder is not None  # it has just been written
-    _, loading = report.timed(lambda: run.state.load(folder))
+    _, loading = timed(lambda: run.state.load(folder))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     report.lines.append(
         f"checkpoint: {size / 1e9:.3g} GB, written in {seconds:.1f} s, loaded in {loading:.1f} s"
@@ -195,14 +233,7 @@ def _measure_save(report: Report, run: Run) -> float:
 
 
 def _sum_up(
-    report: Report,
-    run: Run,
-    config: TrainingConfig,
-    data: DataSource,
-    step: float,
-    waited: float,
-    render: float,
-    save: float,
+    report: Report, run: Run, config: TrainingConfig, samples: int, measured: Measured
 ) -> None:
     """Peak memory, time to finish, disk needed, and what to change."""
     if run.accelerator.device.type == "cuda":
@@ -217,39 +248,42 @@ def _sum_up(
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         report.lines.append(f"peak memory: {peak / 1e9:.3g} GB")
     steps = config.max_train_steps
-    seconds = steps * step + steps / config.validation_steps * render
-    seconds += steps / config.checkpointing_steps * save
-    epochs = steps * config.train_batch_size / len(data)
+    render = measured.validation / config.validation_steps
+    save = measured.save / config.checkpointing_steps
+    seconds = steps * (measured.step + render + save)
+    epochs = steps * config.train_batch_size / samples
     report.lines.append(
         f"to finish {steps} steps: {seconds / 3600:.2g} h; every sample is seen {epochs:.3g} times"
     )
     kept = config.checkpoints_total_limit or steps // config.checkpointing_steps
-    needed = (kept + 1) * run.state.checkpoint_bytes()
+    # one more while it is written, and the finished model
+    needed = (kept + 2) * run.state.checkpoint_bytes()
+    cached = sum(file.stat().st_size for file in run.config.output_dir.glob("latents/*/*"))
+    needed += cached * samples // len(run.data)
     free = shutil.disk_usage(run.config.output_dir).free
-    report.lines.append(f"disk: {needed / 1e9:.3g} GB for checkpoints, {free / 1e9:.3g} GB free")
+    report.lines.append(f"disk: {needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free")
     if needed > free:
         report.advice.append("the disk is too small: lower --checkpoints_total_limit, or make room")
-    if waited > 0.1:
-        report.advice.append(f"{waited:.0%} of the time waits for data: --dataloader_num_workers 4")
+    if measured.waited > 0.1:
+        share = f"{measured.waited:.0%}"
+        report.advice.append(f"{share} of the time waits for data: --dataloader_num_workers 4")
     if getattr(config, "cache_latents", None) is False and epochs > 1 and not config.enable_bucket:
         report.advice.append("--cache_latents true encodes every picture once instead of each time")
-    if render / config.validation_steps > 0.2 * step:
+    if render > 0.2 * measured.step:
         report.advice.append("sample grids take long: raise --validation_steps")
-    if save / config.checkpointing_steps > 0.2 * step:
+    if save > 0.2 * measured.step:
         report.advice.append("checkpoints take long: raise --checkpointing_steps")
 
 
 @contextmanager
 def _throwaway_folder(output_dir: Path) -> Iterator[Path]:
     """A folder on the run's own disk, the same for all processes."""
-    main = not dist.is_initialized() or dist.get_rank() == 0
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    names: list[Any] = [None]
-    if main:
-        names = [tempfile.mkdtemp(prefix=".doctor-", dir=output_dir.parent)]
-    broadcast_object_list(names)
+    folder = output_dir.parent / f".doctor-{output_dir.name}"
+    if is_main_process():
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        yield Path(names[0])
+        yield folder
     finally:
-        if main:
-            shutil.rmtree(names[0], ignore_errors=True)
+        if is_main_process():
+            shutil.rmtree(folder, ignore_errors=True)

@@ -16,8 +16,11 @@ from accelerate.utils import LoggerType, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.checkpoint.io import write_json
+from ldm.data.order import Place
+from ldm.data.sample import DataSource
 from ldm.errors import ConfigError, suggest
-from ldm.training.config import TrainingConfig
+from ldm.training.config import TrainingConfig, flat, plain
 
 Row = dict[str, Any]
 
@@ -53,7 +56,9 @@ class Log:
             _truncate(self.metrics, step)
             self.known_bad = {row["error"] for row in _truncate(self.bad_samples, step)}
             if tracker:
-                accelerator.init_trackers("logs", config=_flat(asdict(config)))
+                options = flat(asdict(config)).items()  # trackers take numbers and strings
+                known = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in options}
+                accelerator.init_trackers("logs", config=known)
         self.bar = tqdm(
             total=config.max_train_steps,
             initial=step,
@@ -93,9 +98,8 @@ class Log:
         rows[-1] |= {"images_per_second": rate, "data_wait": self.waited / seconds}
         self._write(rows)
         self._show(loss=f"{rows[-1]['loss']:.4f}", images_per_s=f"{rate:.1f}")
-        if self.config.on_bad_sample == "skip":
-            self._report_bad(gather_object(self.bad))
-        self.pending, self.bad = [], []
+        self.report_bad()
+        self.pending = []
         self.waited, self.since = 0.0, time.perf_counter()
         return rows
 
@@ -103,17 +107,40 @@ class Log:
         """Write the figures of a validation, and its picture."""
         self._write([{"step": step, **{f"validation_{k}": v for k, v in figures.items()}}])
         self._show(validation=f"{figures['loss']:.4f}")
-        if preview is not None:
+        if preview is not None and self.accelerator.is_main_process:
             folder = self.config.output_dir / "samples"
             folder.mkdir(exist_ok=True)
             preview.save(folder / f"step-{step:07d}.png")
+
+    def capsule(self, stage: str, row: Row, places: list[Place], data: DataSource) -> Path:
+        """Write down a step that was not finite, for `ldm.training.replay`: small, no weights.
+
+        Args:
+            stage: the stage's name.
+            row: the step's figures.
+            places: its global batch.
+            data: the training samples.
+        """
+        file = self.config.output_dir / "capsules" / f"step-{row['step']:07d}.json"
+        if self.accelerator.is_main_process:
+            samples = [{"key": data.key(place.index), **place._asdict()} for place in places]
+            step = {k: repr(v) for k, v in row.items() if k != "step"}  # JSON has no NaN
+            step |= {"stage": stage, "step": row["step"], "samples": samples}
+            step["world"] = self.accelerator.num_processes
+            write_json(file, step | {"config": plain(asdict(self.config))})
+        return file
 
     def say(self, line: str) -> None:
         """Print a line, on the main process, above the progress bar."""
         if self.accelerator.is_main_process:
             self.bar.write(line)
 
-    def _report_bad(self, bad: list[tuple[int, str]]) -> None:
+    def report_bad(self) -> None:
+        """Name and count the bad samples that any process has met since the last time."""
+        if self.config.on_bad_sample != "skip":
+            return
+        bad = gather_object(self.bad)
+        self.bad = []
         if not self.accelerator.is_main_process:
             return
         new = {error: step for step, error in reversed(bad) if error not in self.known_bad}
@@ -174,8 +201,3 @@ def _truncate(file: Path, step: int) -> list[Row]:
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     temporary.replace(file)
     return rows
-
-
-def _flat(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as trackers take them: numbers and strings."""
-    return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in options.items()}

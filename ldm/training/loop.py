@@ -1,6 +1,6 @@
 """The training loop: one for every stage.
 
-for each step:  for each piece of this process's share:  for each player:  loss -> backward
+for each step:  for each micro-batch of this process:  for each player:  loss -> backward
                 for each player:  clip -> AdamW -> average
 """
 
@@ -11,28 +11,27 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from itertools import pairwise
-from math import ceil
+from datetime import timedelta
+from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor
 
 from ldm.checkpoint.io import recover
-from ldm.data.buckets import make_order
-from ldm.data.order import Place, rank_slots
+from ldm.data.order import Place, micro_batches
 from ldm.data.sample import DataSource
+from ldm.data.streams import StreamedShards
 from ldm.errors import ConfigError, LdmError, suggest
 from ldm.models.unet import UNet
-from ldm.training.capsule import PATIENCE, write_capsule
-from ldm.training.config import STAGES, TrainingConfig, learning_rate_at
-from ldm.training.data import open_data
-from ldm.training.log import Log, Row, find_tracker
-from ldm.training.samples import Batch, Loader
+from ldm.training.config import STAGES, TrainingConfig, UNetTraining, learning_rate_at
+from ldm.training.data import make_order, open_data
+from ldm.training.log import Log, find_tracker
+from ldm.training.samples import Batch, Loader, move
 from ldm.training.sharding import shard, whole
 from ldm.training.stage import Stage
 from ldm.training.state import (
@@ -41,11 +40,14 @@ from ldm.training.state import (
     exclusive,
     find_checkpoint,
     full_disk_is_an_error,
+    is_main_process,
     publish,
 )
 from ldm.training.stop import Stop, stop_with_launcher
+from ldm.training.validation import run_validation
 
-VALIDATION_BATCH = 32  # at most so many samples at a time
+PATIENT = timedelta(hours=2)  # the main process saves, verifies and draws while others wait
+PATIENCE = 10  # steps in a row that are not finite: what comes after will not be either
 
 
 def make_stage(name: str, config: Any) -> Stage:
@@ -90,7 +92,7 @@ def train(
     stop_with_launcher()
     with ExitStack() as stack:
         stack.enter_context(full_disk_is_an_error(config.output_dir))
-        if os.environ.get("RANK", "0") == "0":
+        if is_main_process():
             stack.enter_context(exclusive(config.output_dir))
         stack.enter_context(_lost_processes_are_an_error())
         run = Run(name, config, *(sources or open_data(config)))
@@ -110,7 +112,7 @@ class Run:
 
     Attributes:
         order: which samples at which step.
-        slots: the part of each global batch that is this process's.
+        micro_batches: the slots of each global batch that are this process's, in turn.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class Run:
                 log_with=self.tracker,
                 project_dir=config.output_dir,
                 cpu=not torch.accelerator.is_available(),  # else it overlooks the other processes
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENT)],
             )
         except ValueError as error:  # a precision that this machine does not have
             raise ConfigError(str(error)) from None
@@ -136,11 +139,13 @@ class Run:
                 f"{started} processes were started and each takes itself for {world}; start them"
                 " with accelerate launch or torchrun"
             )
-        self.piece = _piece_size(config, world)
-        self.slots = rank_slots(config.train_batch_size, world, self.accelerator.process_index)
+        rank, accumulation = self.accelerator.process_index, config.gradient_accumulation_steps
+        self.micro_batches = micro_batches(config.train_batch_size, world, rank, accumulation)
+        if isinstance(data, StreamedShards):  # each slot of the batch reads a shard of its own
+            data.check_cache(config.train_batch_size // world)
         device = self.accelerator.device
         for module in self.stage.players.values():
-            if getattr(config, "fsdp", False) and world > 1:
+            if isinstance(config, UNetTraining) and config.fsdp and world > 1:
                 shard(cast(UNet, module), device)
             else:
                 module.to(device=device).to(memory_format=torch.channels_last)  # type: ignore
@@ -148,12 +153,13 @@ class Run:
         self.state = TrainingState(self.stage, config, data)
         self.state.scaler = self.accelerator.scaler
         self.newest: Path | None = None
+        self.skipped_in_a_row = 0
 
     def resume(self) -> None:
         """Load the checkpoint that the options ask for, and make ready for the first step."""
         config, accelerator = self.config, self.accelerator
         if accelerator.is_main_process:
-            recover(config.output_dir)
+            recover(config.output_dir, alone=True)  # as `exclusive` has seen to
             self.state.check_space()
         accelerator.wait_for_everyone()
         if resume := config.resume_from_checkpoint:
@@ -185,31 +191,31 @@ class Run:
         config, state, accelerator = self.config, self.state, self.accelerator
         log = Log(accelerator, config, state.step, self.tracker)
         log.say(self.summary())
-        skipped_in_a_row = 0
         with log.bar, self.loader() as loader:
             while state.step < config.max_train_steps:
                 began = time.perf_counter()
-                batches = stop.attempt(lambda: [next(loader) for _ in range(self.pieces)])
+                read = stop.attempt(lambda: self.read(loader))
                 log.waited += time.perf_counter() - began
-                if stop.agreed() or batches is None:
+                if stop.agreed() or read is None:
                     break
-                bad = [error for batch in batches for error in batch.pop("bad") if error]
-                figures = self.update([_move(batch, accelerator.device) for batch in batches])
+                batches, bad = read
+                figures = self.update(batches)
                 log.step(state.step, figures, learning_rate_at(config, state.step - 1), bad)
                 last = state.step == config.max_train_steps
                 validate = last or state.step % config.validation_steps == 0
                 save = last or state.step % config.checkpointing_steps == 0
                 if validate or save or state.step % config.logging_steps == 0:
-                    rows = log.flush()
-                    skipped_in_a_row = self.account(rows, skipped_in_a_row, log)
-                if validate:
-                    result = self.validate(stop)
-                    if result is not None:
-                        log.validation(state.step, *result)
+                    self.note_skipped(log)
+                if validate and (result := run_validation(self, stop)):
+                    figures, preview, bad = result
+                    log.validation(state.step, figures, preview)
+                    log.bad += [(state.step, error) for error in bad]
                 if save:
                     self.save()
-                log.since = time.perf_counter()
-        self.account(log.flush(), skipped_in_a_row, log)
+                if validate or save:
+                    log.since = time.perf_counter()
+            self.note_skipped(log)
+            log.report_bad()
         if state.step < config.max_train_steps:
             self.save()
             accelerator.print(
@@ -225,7 +231,7 @@ class Run:
         accelerator.end_training()
 
     def update(self, batches: list[Batch]) -> dict[str, Tensor]:
-        """One optimizer step from the pieces of this process's share.
+        """One optimizer step from the micro-batches of this process.
 
         A step whose loss or gradient is not finite on any process leaves everything as it was;
         which, the device knows and the host does not wait to hear.
@@ -248,12 +254,10 @@ class Run:
             if dist.is_initialized():  # losses are each process's own
                 dist.all_reduce(skipped, dist.ReduceOp.MAX)
             figures |= {f"{prefix}grad_norm": norm, f"{prefix}skipped": skipped}
+            optimizer.found_inf = skipped  # type: ignore[attr-defined]
+            optimizer.step()
             if state.scaler:
-                state.scaler.step(optimizer)
                 state.scaler.update()
-            else:
-                optimizer.found_inf = skipped  # type: ignore[attr-defined]
-                optimizer.step()
             optimizer.zero_grad()
             if player in state.averages:
                 state.averages[player].update(step, skipped)
@@ -261,10 +265,10 @@ class Run:
         return figures
 
     def _gradients(self, playing: list[str], batches: list[Batch]) -> dict[str, Tensor]:
-        """Backward through every piece of a step; the figures are means over the pieces."""
+        """Backward through every micro-batch of a step; the figures are means over them."""
         total: dict[str, Tensor] = {}
-        for piece, batch in enumerate(batches):
-            silent = piece < len(batches) - 1  # gradients are averaged over processes once
+        for number, batch in enumerate(batches):
+            silent = number < len(batches) - 1  # gradients are averaged over processes once
             for name in playing:
                 module = self.stage.players[name]
                 own = [p for p in module.parameters() if p.requires_grad]
@@ -279,41 +283,32 @@ class Run:
                     total[key] = total.get(key, 0) + value.detach() / len(batches)
         return total
 
-    def account(self, rows: list[Row], in_a_row: int, log: Log) -> int:
-        """Count the steps that were left out, with a capsule of each, and end a hopeless run.
-
-        Args:
-            rows: of `Log.flush`.
-            in_a_row: how many steps before them were left out.
-            log: where to say so.
-
-        Returns:
-            How many steps have been left out up to the last one, without one between them.
+    def note_skipped(self, log: Log) -> None:
+        """Flush the log, count its steps that were left out, and end a hopeless run.
 
         Raises:
             ConfigError: `on_non_finite` says so, or there were too many in a row.
         """
-        for row in rows:
+        for row in log.flush():
             if not any(value for key, value in row.items() if key.endswith("skipped")):
-                in_a_row = 0
+                self.skipped_in_a_row = 0
                 continue
-            in_a_row += 1
+            self.skipped_in_a_row += 1
             self.state.skipped += 1
+            scaler = self.state.scaler  # of fp16, which finds its scale by overflowing now and then
+            stop = self.config.on_non_finite == "stop" and not scaler
+            hopeless = self.skipped_in_a_row == PATIENCE * (2 if scaler else 1)
+            if scaler and not hopeless and isfinite(row["loss"]):
+                continue
+            capsule = log.capsule(self.name, row, self.order.batch(row["step"] - 1), self.data)
             what = f"step {row['step']} has loss {row['loss']}, gradient norm {row['grad_norm']}"
-            # fp16 finds its scale by overflowing now and then.
-            tolerated = self.config.on_non_finite == "skip" or self.state.scaler
-            capsule = self.config.output_dir / "capsules" / f"step-{row['step']:07d}.json"
-            if self.accelerator.is_main_process:
-                places = self.order.batch(row["step"] - 1)
-                write_capsule(capsule, self.name, self.config, row, places, self.data)
-            if not tolerated or in_a_row == PATIENCE:
+            if stop or hopeless:
+                or_else = "; or leave such steps out with --on_non_finite skip" if stop else ""
                 raise ConfigError(
                     f"{what}: the training diverges. Ask scripts/replay.py {capsule} where; lower"
-                    " learning_rate or raise lr_warmup_steps, or leave such steps out with"
-                    " --on_non_finite skip"
+                    f" learning_rate or raise lr_warmup_steps{or_else}"
                 )
             log.say(f"{what}: it is left out ({self.state.skipped} so far), see {capsule}")
-        return in_a_row
 
     def save(self) -> None:
         """Write a checkpoint, unless the newest is of this very step."""
@@ -324,71 +319,26 @@ class Run:
             self.newest = folder
         self.accelerator.wait_for_everyone()
 
-    @torch.no_grad()
-    def validate(self, stop: Stop) -> tuple[dict[str, float], Any] | None:
-        """Mean figures over the validation samples and a preview, both of the average.
-
-        Returns:
-            None where a signal came in between.
-        """
-        number = len(self.validation_data)
-        count = ceil(number / VALIDATION_BATCH)
-        # Equal batches: a contrastive loss depends on how many captions a picture is compared with.
-        ends = [number * i // count for i in range(count + 1)]
-        chunks = [[Place(i) for i in range(start, end)] for start, end in pairwise(ends)]
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = chunks[rank::world]
-        sharded = self.state.sharded  # then a forward pass takes all, and cannot be left by one
-        attempt = (lambda work: work()) if sharded else stop.attempt
-        idle = chunks[: ceil(count / world) - len(mine)] if sharded else []
-        with self.state.averaged():
-            sums = attempt(lambda: self._validation_sums(mine))
-            attempt(lambda: self._validation_sums(idle))
-            draws = self.accelerator.is_main_process or sharded
-            preview = attempt(self._preview) if draws else None
-        if stop.agreed():
-            return None
-        parts = gather_object([sums])  # a process may have had no share
-        return {k: sum(p.get(k, 0) for p in parts) / number for k in sorted(parts[0])}, preview
-
-    def _preview(self) -> Any:
-        try:
-            return self.stage.preview()
-        except LdmError as error:  # of a model that puts out NaN, say: more training may mend it
-            self.accelerator.print(f"no sample grid: {error}")
-            return None
-
-    def _validation_sums(self, chunks: list[list[Place]]) -> dict[str, float]:
-        sums: dict[str, float] = {}
-        samples = self.stage.samples(self.validation_data, validation=True)
-        with Loader(samples, chunks, workers=0) as loader:
-            for batch in loader:
-                batch = _move(batch, self.accelerator.device)
-                with self.accelerator.autocast():
-                    for key, value in self.stage.validate(batch).items():
-                        sums[key] = sums.get(key, 0) + float(value.sum())
-        return sums
-
-    @property
-    def pieces(self) -> int:
-        """Pieces in which a process works through its share of a batch."""
-        return self.config.gradient_accumulation_steps
+    def read(self, loader: Loader) -> tuple[list[Batch], list[str]]:
+        """The micro-batches of the next step, on the device, and what was wrong with samples."""
+        batches = [next(loader) for _ in self.micro_batches]
+        bad = [error for batch in batches for error in batch.pop("bad") if error]
+        return [move(batch, self.accelerator.device) for batch in batches], bad
 
     def loader(self, steps: Iterable[int] | None = None) -> Loader:
-        """This process's pieces of some steps: of all from the state's own on, by default."""
+        """This process's micro-batches of some steps; by default of all from the state's own on."""
 
         def places() -> Iterator[list[Place]]:
             for step in steps or range(self.state.step, self.config.max_train_steps):
-                mine = self.order.batch(step)[self.slots]
-                for piece in range(self.pieces):
-                    yield mine[piece * self.piece : (piece + 1) * self.piece]
+                batch = self.order.batch(step)
+                yield from (batch[slots] for slots in self.micro_batches)
 
-        samples = self.stage.samples(self.data, validation=False)
+        samples = self.stage.samples(self.data, validation=False, order=self.order)
         pin = self.accelerator.device.type == "cuda"
         workers = self.config.dataloader_num_workers
         return Loader(samples, places(), workers=workers, pin_memory=pin)
 
-    def parameters(self) -> int:
+    def parameter_count(self) -> int:
         """How many numbers are trained, or could be."""
         return sum(p.numel() for m in self.state.modules.values() for p in m.parameters())
 
@@ -396,7 +346,7 @@ class Run:
         """What is trained, on what, by whom."""
         return (
             f"{len(self.data)} samples, {len(self.validation_data)} for validation;"
-            f" {self.parameters() / 1e6:.2f} M parameters;"
+            f" {self.parameter_count() / 1e6:.2f} M parameters;"
             f" {self.accelerator.num_processes} process(es) on {self.accelerator.device.type}"
         )
 
@@ -419,24 +369,3 @@ def _lost_processes_are_an_error() -> Iterator[None]:
 def _prefix(player: str, playing: list[str]) -> str:
     """The first player's figures have plain names, the others' begin with who it is."""
     return "" if player == playing[0] else f"{player}_"
-
-
-def _piece_size(config: TrainingConfig, world: int) -> int:
-    """Samples in one piece of one process's share of a batch."""
-    share, rest = divmod(config.train_batch_size, world)
-    if rest or share % config.gradient_accumulation_steps:
-        raise ConfigError(
-            f"train_batch_size {config.train_batch_size} cannot be split over {world} process(es)"
-            f" and gradient_accumulation_steps {config.gradient_accumulation_steps}"
-        )
-    return share // config.gradient_accumulation_steps
-
-
-def _move(batch: Batch, device: torch.device) -> Batch:
-    """Pictures and noises go to the device; timesteps stay, since the CPU has the schedule."""
-    return {
-        key: value.to(device, non_blocking=True)
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
-        for key, value in batch.items()
-    }

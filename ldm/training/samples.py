@@ -5,22 +5,25 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ldm.data.order import Place
+from ldm.data.order import Order, Place
 from ldm.errors import DataError
 from ldm.training.stop import die_with_parent, signals_blocked
 
 Batch = dict[str, Any]
 """Tensors whose first dimension is the sample, and lists of as many strings."""
 
-STAND_INS = 1000  # neighbours that are tried in a bad sample's place
+NEAR = 64  # so many neighbours are tried in a bad sample's place, and then some farther off
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,13 @@ class Samples(Dataset[Any]):
         items: of `Stage.dataset`, indexed by a `Place`.
         length: how many samples there are.
         skip: whether a bad sample is replaced.
+        order: of the run, which knows what may stand in for a sample.
     """
 
     items: Dataset[Batch]
     length: int
     skip: bool
+    order: Order | None = None
 
     def __getitem__(self, place: Place) -> Batch | DataError:
         """As `read`, but an error is returned: raised in a worker it would lose its shape."""
@@ -56,10 +61,13 @@ class Samples(Dataset[Any]):
             if not self.skip:
                 raise
             bad = str(error)
-        # The next one that can be read. Its draws are addressed by a visit that no epoch has.
-        for ahead in range(1, min(STAND_INS, self.length)):
-            index = (place.index + ahead) % self.length
+        # The next one that can be read; far ones too, for a whole shard may be bad.
+        alike = self.order.alike(place.index) if self.order else range(self.length)
+        here, near = bisect_left(alike, place.index), min(NEAR, len(alike))
+        for ahead in (*range(1, near), *(2**n for n in range(6, len(alike).bit_length()))):
+            index = int(alike[(here + ahead) % len(alike)])
             with suppress(DataError):
+                # Its draws are addressed by a visit that no epoch has.
                 stand_in = place._replace(index=index, visit=-1 - place.visit)
                 return self.items[stand_in] | {"bad": bad}
         raise DataError(f"{bad}; and of the samples after it none can be read either")
@@ -78,14 +86,14 @@ class Loader:
     def __init__(
         self,
         samples: Samples,
-        batches: Iterator[list[Place]] | list[list[Place]],
+        batches: Iterable[list[Place]],
         *,
         workers: int,
         pin_memory: bool = False,
     ):
         loader = DataLoader(
             samples,
-            batch_sampler=_Once(batches),
+            batch_sampler=batches,
             num_workers=workers,
             collate_fn=_collate,
             worker_init_fn=partial(_die_with, os.getpid()),
@@ -96,7 +104,7 @@ class Loader:
         with signals_blocked():  # a worker that died of a signal to all would end the saving, too
             self._batches = iter(loader)
         # torch's handler would raise a worker's death anywhere, in a save, too; `next` finds it.
-        signal.signal(signal.SIGCHLD, watch)
+        signal.signal(signal.SIGCHLD, watch or signal.SIG_DFL)
 
     def __enter__(self) -> Loader:
         return self
@@ -105,6 +113,8 @@ class Loader:
         workers = getattr(self._batches, "_workers", [])
         if not workers:
             return
+        if pinning := getattr(self._batches, "_pin_memory_thread_done_event", None):
+            pinning.set()
         # A worker may be waiting for a disk. It holds nothing of value, and blocks SIGTERM.
         for worker in workers:
             worker.kill()
@@ -121,26 +131,26 @@ class Loader:
         """
         try:
             batch = next(self._batches)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise DataError(
-                f"{' '.join(str(error).split('.')[0].split())}: a process that reads pictures has"
-                " died, perhaps for want of memory; lower dataloader_num_workers and resume"
+                "a process that reads pictures has died, perhaps for want of memory; lower"
+                f" dataloader_num_workers and resume ({' '.join(str(error).split())[:200]})"
             ) from None
         if isinstance(batch, DataError):
             raise batch
         return batch
 
 
-class _Once:
-    """A batch sampler that is run through once."""
-
-    def __init__(self, batches: Iterator[list[Place]] | list[list[Place]]):
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[list[Place]]:
-        return iter(self._batches)
+def move(batch: Batch, device: torch.device) -> Batch:
+    """Pictures and noises go to the device; timesteps stay, since the CPU has the schedule."""
+    return {
+        key: value.to(device, non_blocking=True)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for key, value in batch.items()
+    }
 
 
 def _collate(items: list[Batch | DataError]) -> Batch | DataError:

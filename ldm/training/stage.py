@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ldm.data.order import Place
+from ldm.data.order import Order, Place
 from ldm.data.sample import DataSource
 from ldm.data.transforms import prepare
 from ldm.rng import Draws
@@ -61,10 +62,12 @@ class Stage(ABC):
         alone: the same noise every time, so that the losses of a run compare.
         """
 
-    def samples(self, source: DataSource, *, validation: bool) -> Samples:
+    def samples(
+        self, source: DataSource, *, validation: bool, order: Order | None = None
+    ) -> Samples:
         """The same items, with what the run says of bad ones."""
         items = self.dataset(source, validation=validation)
-        return Samples(items, len(source), self.config.on_bad_sample == "skip")
+        return Samples(items, len(source), self.config.on_bad_sample == "skip", order)
 
     @abstractmethod
     def loss(self, player: str, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -116,3 +119,17 @@ def load_sample(
         key=sample.key,
     )
     return pixels, sample.caption
+
+
+@dataclass(frozen=True)
+class Captioned(Dataset[Batch]):
+    """Pixels and their caption, of samples that need no draws besides."""
+
+    source: DataSource
+    config: TrainingConfig
+    validation: bool
+
+    def __getitem__(self, place: Place) -> Batch:
+        augment = not self.validation
+        pixels, caption = load_sample(self.source, place, self.config, augment=augment)
+        return {"pixels": pixels, "caption": caption}

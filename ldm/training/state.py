@@ -18,16 +18,17 @@ goes on with the same ones or not at all.
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EPERM, EROFS
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -47,23 +48,12 @@ from ldm.checkpoint.io import (
 )
 from ldm.data.sample import DataSource
 from ldm.errors import CheckpointError, ConfigError
-from ldm.training.config import TrainingConfig, learning_rate_at
+from ldm.training.config import FREE, LEARNING_RATE, TrainingConfig, flat, learning_rate_at, plain
 from ldm.training.ema import EMA
 from ldm.training.sharding import is_sharded, load_sharded, save_sharded, shared_folder, whole
 from ldm.training.stage import Stage
 
-# Options that may change between a run and its resumption without changing what is learnt.
-FREE = {
-    "output_dir", "train_data_dir", "dataset_name", "on_bad_sample", "shard_cache_gb",
-    "on_non_finite", "torch_compile", "cache_latents", "latent_cache_dir", "fsdp",
-    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path",
-    "pretrained_text_encoder_name_or_path", "checkpointing_steps", "checkpoints_total_limit",
-    "resume_from_checkpoint", "validation_steps", "validation_samples", "validation_prompts",
-    "num_validation_images", "logging_steps", "report_to", "dataloader_num_workers",
-    "gradient_accumulation_steps", "gradient_checkpointing", "guidance_scale",
-    "num_inference_steps",
-}  # fmt: skip
-LEARNING_RATE = {"lr_scheduler", "lr_warmup_steps", "lr_decay_steps", "max_train_steps"}
+UNWRITABLE = {ENOSPC, EDQUOT, EFBIG, EROFS, EACCES, EPERM}
 
 
 class TrainingState:
@@ -213,7 +203,7 @@ class TrainingState:
         self._refuse_changes(stored, folder)
         for name, module in self.modules.items():
             if self.sharded or (state / name).is_dir():
-                self._load_sharded(name, state)
+                self._load_sharded(name, state, moments=stored["step"] > 0)
                 continue
             file = state / f"{name}.safetensors"
             # Optimizer and average hold on to the parameters: change the numbers, not the objects.
@@ -225,14 +215,15 @@ class TrainingState:
             self.scaler.load_state_dict(stored["scaler"])
         self.step, self.skipped = stored["step"], stored["skipped"]
 
-    def _load_sharded(self, name: str, state: Path) -> None:
+    def _load_sharded(self, name: str, state: Path, *, moments: bool) -> None:
         """Into slices or whole tensors, from the files of any number of processes."""
-        module, moments = self.modules[name], self.optimizers[name].state
-        for parameter in module.parameters():
-            zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            moments[parameter] = zeros | {"step": torch.zeros((), device=parameter.device)}
+        module, optimizer = self.modules[name], self.optimizers[name]
         load_sharded(state / name, module.state_dict())
-        load_sharded(state / f"{name}.optimizer", self._moments(name))
+        for parameter in module.parameters() if moments else ():
+            zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = zeros | {"step": torch.zeros((), device=parameter.device)}
+        if moments:
+            load_sharded(state / f"{name}.optimizer", self._moments(name))
         if name in self.averages:
             load_sharded(state / f"{name}.average", self.averages[name].average)
 
@@ -258,9 +249,9 @@ class TrainingState:
             state[parameter] = moments | {"step": tensors[f"{name}.step"].to(parameter.device)}
 
     def _refuse_changes(self, stored: dict[str, Any], folder: Path) -> None:
-        now, then = _flat(asdict(self.config)), stored["config"]
+        now = flat(asdict(self.config))
         # Options that are younger than the checkpoint had their default values.
-        then = _flat(asdict(type(self.config)()) | then)
+        then = flat(asdict(type(self.config)())) | flat(stored["config"])
         # A run may be prolonged if the steps that are done would have been the same.
         before = replace(self.config, **{k: then[k] for k in LEARNING_RATE})
         same = all(
@@ -344,8 +335,8 @@ def not_finite(module: nn.Module) -> str | None:
 
 
 def is_main_process() -> bool:
-    """Whether this process writes what is written once."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    """Whether this process writes what is written once; before they know each other, too."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -377,6 +368,10 @@ def full_disk_is_an_error(place: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        if isinstance(error, shutil.Error):  # a list of what it could not copy, and why
+            error = error.args[0][0][-1]
+        elif isinstance(error, OSError) and error.errno not in UNWRITABLE:
+            raise
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise CheckpointError(
             f"{place} cannot be written ({reason}); checkpoints that stand are whole: make room"
@@ -386,21 +381,3 @@ def full_disk_is_an_error(place: Path) -> Iterator[None]:
 
 def _bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in module.state_dict().values())
-
-
-def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A configuration as JSON would give it back, its nested options by their dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in plain(options).items():
-        nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return flat
-
-
-def plain(value: Any) -> Any:
-    """A configuration as JSON gives it back."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

@@ -1,4 +1,4 @@
-"""Ending a run on SIGTERM or SIGINT: within a step, on all processes at the same step, saved."""
+"""Ending a run on SIGTERM, SIGINT or SIGHUP: within a step, at the same step everywhere, saved."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -17,7 +18,8 @@ import torch.distributed as dist
 
 Result = TypeVar("Result")
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PATIENT = timedelta(hours=12)  # the main process may be drawing while the others ask
 ECHO = 1.0  # seconds in which a launcher's copy of a signal counts as the same signal
 
 
@@ -44,9 +46,11 @@ class Stop:
         self._group: Any = None
 
     def __enter__(self) -> Stop:
-        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        heeded = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # as nohup sets it
+        self._before = {number: signal.signal(number, self._receive) for number in heeded}
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo")  # asks no GPU, so it waits for none
+            # It asks no GPU, so it waits for none.
+            self._group = dist.new_group(backend="gloo", timeout=PATIENT)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -95,7 +99,7 @@ class Stop:
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Processes started inside never see SIGTERM and SIGINT: their parent decides when they end."""
+    """Processes started inside never see these signals: their parent decides when they end."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

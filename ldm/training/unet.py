@@ -8,9 +8,11 @@ Legend: b batch, l h w latents, n d tokens and width of the context.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,12 +20,12 @@ import torch
 import torch.distributed as dist
 from PIL.Image import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ldm.checkpoint.folder import load_schedule, load_text_encoder, load_unet, load_vae
 from ldm.checkpoint.locate import locate_model
-from ldm.data.buckets import check_steps, make_order
-from ldm.data.latents import LatentCache, cache_key, short_hash, write_cache
+from ldm.data.buckets import check_steps
+from ldm.data.latents import ALONE, LatentCache, Team, cache_key, write_cache
 from ldm.data.order import Bucketed, Place
 from ldm.data.sample import DataSource
 from ldm.data.transforms import is_mirrored
@@ -31,14 +33,17 @@ from ldm.diffusion.loss import diffusion_loss
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import ConfigError, DataError
 from ldm.images import image_grid
+from ldm.metadata import json_sha256
 from ldm.model import check_parts
 from ldm.models.autoencoder import DiagonalGaussian
 from ldm.models.unet import UNet
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.rng import Draws
 from ldm.training.config import UNetTraining, check_resolution
+from ldm.training.data import make_order
+from ldm.training.samples import Batch, Loader, Samples
 from ldm.training.sharding import gathered, is_sharded
-from ldm.training.stage import Batch, Stage, load_sample
+from ldm.training.stage import Captioned, Stage, load_sample
 
 PREVIEW_SEED = 0
 
@@ -86,8 +91,6 @@ class UNetData(Dataset[Batch]):
             draws = Draws(seed, "augment", index, visit)
             flipped = augment and self.config.random_flip and is_mirrored(draws)
             moments, context = self.cache.read(index, flipped=flipped, empty=empty)
-            if moments.shape[1:] != shape[1:]:  # a neighbour that stands in for a bad sample
-                raise DataError(f"{self.source.key(index)}: is in another bucket")
             return item | {"moments": moments, "context": context}
         pixels, caption = load_sample(self.source, place, self.config, augment=augment)
         return item | {"pixels": pixels, "caption": "" if empty else caption}
@@ -100,21 +103,6 @@ class UNetData(Dataset[Batch]):
         parts = self.config.train_batch_size
         part = Draws(self.config.seed, "strata", place.step).permutation(parts)[place.slot]
         return int(self.timesteps * (part + draws.uniform(1)[0]) / parts)
-
-
-@dataclass(frozen=True)
-class CacheData(Dataset[Any]):
-    """What a cache is made of: each picture unmirrored, with its caption; or what is wrong."""
-
-    source: DataSource
-    config: UNetTraining
-
-    def __getitem__(self, place: Place) -> Batch | DataError:
-        try:
-            pixels, caption = load_sample(self.source, place, self.config, augment=False)
-        except DataError as error:  # raised in a loader's worker it would lose its shape
-            return error
-        return {"pixels": pixels, "caption": caption}
 
 
 class UNetStage(Stage):
@@ -144,13 +132,12 @@ class UNetStage(Stage):
         self.device = device
         self.vae.to(device)
         self.text_encoder.to(device)
-        shown, textless = range(min(4, len(validation))), self.config.proportion_empty_prompts == 1
         self.prompts = list(self.config.validation_prompts)
         self.labels = list(self.config.validation_class_labels)
         if not self.prompts:
-            self.prompts = ["" if textless else validation.caption(i) for i in shown]
-            if (classes := self.unet.config.num_class_embeds) and not self.labels:
-                self.labels = [known_class(validation, i, classes) for i in shown]
+            shown = list(islice(self._captions(validation), 4))
+            self.prompts = [caption for caption, _ in shown]
+            self.labels = self.labels or [label for _, label in shown if label is not None]
         if self.config.enable_bucket:
             check_steps(self.config.bucket_reso_steps, self.vae.config.downsample_factor)
         self.caches = dict[tuple[str, bool], LatentCache]()
@@ -174,7 +161,12 @@ class UNetStage(Stage):
         return {"vae": self.vae, "text_encoder": self.text_encoder}
 
     def settings(self) -> dict[str, str]:
-        return {"schedule": str(self.schedule.config)}
+        return {
+            "schedule": str(self.schedule.config),
+            "unet settings": str(self.unet.config),
+            "vae settings": str(self.vae.config),
+            "text_encoder settings": json_sha256(self.text_encoder.settings())[:12],
+        }
 
     def loss(self, player: str, batch: Batch, step: int) -> dict[str, Tensor]:
         config = self.config
@@ -236,6 +228,18 @@ class UNetStage(Stage):
         with torch.autocast(self.device.type, enabled=False):
             return self.text_encoder.encode(batch["caption"])  # b n d
 
+    def _captions(self, source: DataSource) -> Iterator[tuple[str, int | None]]:
+        """Caption and class of each sample that has them."""
+        classes = self.unet.config.num_class_embeds
+        textless = self.config.proportion_empty_prompts == 1
+        for i in range(len(source)):
+            try:
+                label = known_class(source, i, classes) if classes else None
+                yield "" if textless else source.caption(i), label
+            except DataError:
+                if self.config.on_bad_sample == "stop":
+                    raise
+
     def _encode(self, source: DataSource, validation: bool) -> LatentCache:
         """The cache of a source, written by all processes together."""
         config, sizes = self.config, [None] * len(source)
@@ -245,22 +249,24 @@ class UNetStage(Stage):
         if config.enable_bucket and not validation:
             order = cast(Bucketed, make_order(source, config))
             sizes = [order.sizes[bucket] for bucket in order.bucket_of]
-            how += f", in buckets {short_hash(sizes)}"
+            how += f", in buckets {json_sha256(sizes)[:12]}"
 
-        def load(places: list[Place]) -> DataLoader[Any]:
-            workers = config.dataloader_num_workers
-            return DataLoader(CacheData(source, config), None, sampler=places, num_workers=workers)
+        pictures = Captioned(source, config, validation=True)  # unmirrored, from the middle
+        samples = Samples(pictures, len(source), config.on_bad_sample == "skip")
+
+        def load(places: list[Place]) -> Loader:
+            batches = [[place] for place in places]
+            return Loader(samples, batches, workers=config.dataloader_num_workers)
 
         def encode(pixels: Tensor) -> Tensor:
             posterior = self.vae.encode(pixels.to(self.device))
             return torch.cat([posterior.mean, posterior.logvar], dim=1)  # b 2l h w
 
-        processes: dict[str, Any] = {}
+        team = ALONE
         if dist.is_initialized():
             # Some may have to wait for others for longer than NCCL would.
             group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-            processes = {"rank": dist.get_rank(), "world": dist.get_world_size()}
-            processes["barrier"] = lambda: dist.barrier(group)
+            team = Team(dist.get_rank(), dist.get_world_size(), lambda: dist.barrier(group))
         folder = config.latent_cache_dir or config.output_dir / "latents"
         return write_cache(
             folder / ("validation" if validation else "train"),
@@ -270,8 +276,7 @@ class UNetStage(Stage):
             encode,
             self.text_encoder.encode,
             flips=flips,
-            skip=config.on_bad_sample == "skip",
-            **processes,
+            team=team,
         )
 
     def _pipeline(self, unet: UNet) -> LatentDiffusionPipeline:

@@ -8,6 +8,7 @@ Legend: b batch, c h w latents, H W pictures, p patches of the discriminator.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from ldm.checkpoint.locate import locate_model
 from ldm.data.buckets import check_steps
 from ldm.data.order import Place
 from ldm.data.sample import DataSource
-from ldm.errors import ConfigError
+from ldm.errors import CheckpointError, ConfigError
 from ldm.images import image_grid, to_pil
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.rng import Draws
 from ldm.training.config import VaeTraining, check_resolution
+from ldm.training.samples import Samples
 from ldm.training.stage import Batch, Stage, load_sample
 
 SCALE_SAMPLES = 512  # pictures over which the latents' spread is measured
@@ -89,6 +91,10 @@ class VaeStage(Stage):
             source, self.config, shape.latent_channels, shape.downsample_factor, validation
         )
 
+    def settings(self) -> dict[str, str]:
+        # of a pretrained one; the scale is measured anew at every save
+        return {"vae settings": str(replace(self.vae.config, scaling_factor=1.0))}
+
     def active(self, step: int) -> list[str]:
         start = self.config.disc_start
         return ["vae"] if start is None or step < start else ["vae", "discriminator"]
@@ -137,7 +143,10 @@ class VaeStage(Stage):
         data = self.samples(self.validation_data, validation=True)
         count = min(8, len(self.validation_data))
         pixels = torch.stack([data.read(Place(i))["pixels"] for i in range(count)]).to(self.device)
-        rows = to_pil(torch.cat([pixels, self.vae(pixels)[0].float()]))
+        images = self.vae(pixels)[0].float()
+        if not images.isfinite().all():
+            raise ConfigError("the VAE puts out NaN or infinity")
+        rows = to_pil(torch.cat([pixels, images]))
         return image_grid(rows, columns=count)
 
     def save(self, folder: Path) -> None:
@@ -149,7 +158,9 @@ class VaeStage(Stage):
     @torch.no_grad()
     def _latent_std(self) -> float:
         """Standard deviation of raw latents over the training pictures (Rombach, appendix G)."""
-        data = self.samples(self.train_data, validation=True)
+        # A bad picture must not cost a checkpoint, whatever the run says of bad ones.
+        items = self.dataset(self.train_data, validation=True)
+        data = Samples(items, len(self.train_data), skip=True)
         length = len(self.train_data)
         count = min(SCALE_SAMPLES, length)
         places = [i * length // count for i in range(count)]  # data may be sorted by what it shows
@@ -162,7 +173,13 @@ class VaeStage(Stage):
             total += float(latents.sum())
             square += float(latents.square().sum())
             number += latents.numel()
-        return (square / number - (total / number) ** 2) ** 0.5
+        variance = square / number - (total / number) ** 2
+        if not 0 < variance < inf:
+            raise CheckpointError(
+                f"vae: its latents have variance {variance}, so the model is not saved; lower"
+                " learning_rate and resume from the checkpoint before"
+            )
+        return variance**0.5
 
     def _discriminator_loss(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         """The hinge loss (Lim and Ye 2017)."""

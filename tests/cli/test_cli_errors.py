@@ -224,7 +224,7 @@ TRAIN = {
     "widths": ("vae --vae.norm_num_groups 7", "must be multiples of norm_num_groups 7"),
     "no data": ("--train_data_dir {place}/no", "wrong.*/no: no such file or folder"),
     "empty data": ("--train_data_dir {place}/empty", "empty: .*no pictures"),
-    "no captions": ("--train_data_dir {place}/bare", "bare: 1 of 1 pictures have no .txt"),
+    "no captions": ("--train_data_dir {place}/bare", "1 of 1 samples cannot be used.*no .txt"),
     "less than a batch": (
         "--train_data_dir {place}/few --train_batch_size 8 --validation_split 0.4",
         "the data set has . samples, fewer than a batch of 8",

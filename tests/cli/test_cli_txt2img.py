@@ -11,10 +11,10 @@ from PIL import Image
 
 from ldm import tasks
 from ldm.cli import Parser
-from ldm.drawing import claim, new_file
 from ldm.errors import ConfigError, DataError
 from ldm.metadata import read_parameters, read_record, read_settings, save_picture
 from ldm.options import add_options, read_prompts
+from ldm.outputs import claim, new_file
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "txt2img.py"
 PROMPTS = ["a red flower", "빨간 꽃"]
@@ -90,7 +90,7 @@ def test_files_are_never_overwritten(txt2img, tmp_path):
 
 
 def test_a_name_is_taken_between_a_look_and_a_claim(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.drawing.next_number", lambda *_: 0)
+    monkeypatch.setattr("ldm.outputs.next_number", lambda *_: 0)
     (tmp_path / "00000.png").write_text("theirs")
     (tmp_path / "frames-0000").mkdir()
     with new_file(tmp_path, "", 5) as file:

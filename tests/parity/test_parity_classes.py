@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -126,8 +127,8 @@ def test_classes_of_a_call(pipeline):
         assert own["class_labels"] == [2, 2, 0, 0][i]
         alone = pipeline(PROMPTS[i // 2], output_type="latent", **own).images[0]
         torch.testing.assert_close(alone, result.images[i], rtol=1e-3, atol=1e-3)
-    same = [draw(pipeline, class_labels=labels) for labels in (1, [1], [1, 1])]
-    assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
+    same = [draw(pipeline, class_labels=labels) for labels in (1, [1], [1, 1], np.int32([1]))]
+    assert all(torch.equal(same[0], other) for other in same[1:])
     pieces = draw(pipeline, class_labels=[2, 0], batch_size=1)
     torch.testing.assert_close(draw(pipeline, class_labels=[2, 0]), pieces, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(draw(pipeline), same[0], atol=1e-2)
@@ -141,6 +142,12 @@ def test_classes_of_a_call(pipeline):
         (3, "class_labels is 3; this model has classes 0 to 2"),
         ([0, -1], "classes 0 to 2"),
         ([0.5, 1], "classes 0 to 2"),
+        ("a", "class_labels is a; this model has classes 0 to 2"),
+        ([[0, 1], [2]], "classes 0 to 2"),
+        ([True, False], "classes 0 to 2"),
+        (2**70, "classes 0 to 2"),
+        (np.array([2**63, 0], np.uint64), "classes 0 to 2"),
+        (np.full((40, 40), 7), "classes 0 to 2"),
         ([0, 1, 2], "3 class_labels for 2 pictures"),
     ],
 )

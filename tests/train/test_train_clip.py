@@ -168,10 +168,10 @@ def test_a_finished_checkpoint_elsewhere_is_published(trained, options, tmp_path
 
 def test_validation_batches_are_equal(options, monkeypatch):
     """One caption left over would always be the right one."""
-    from ldm.training import loop
+    from ldm.training import validation
 
     sizes = []
-    monkeypatch.setattr(loop, "VALIDATION_BATCH", 4)
+    monkeypatch.setattr(validation, "BATCH", 4)
     with own_processes():
         made = prepared_run("clip", **options)
         made.validation_data = Subset(made.validation_data, range(5))
@@ -179,6 +179,6 @@ def test_validation_batches_are_equal(options, monkeypatch):
         monkeypatch.setattr(
             made.stage, "validate", lambda b: sizes.append(len(b["caption"])) or validate(b)
         )
-        figures, _ = made.validate(Stop())
+        figures, _, _ = validation.run_validation(made, Stop())
     assert sizes == [2, 3]
     assert 0 <= figures["accuracy"] <= 1 and figures["loss"] > 0

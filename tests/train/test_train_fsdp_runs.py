@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from train_helpers import assert_same_run, metrics, run_all, weights
+from train_helpers import metrics, run_all, weights
 
 from ldm.checkpoint.io import verify
 from ldm.pipeline import LatentDiffusionPipeline
@@ -30,7 +30,7 @@ def runs(pictures: Path, tiny_model_folder: Path, tmp_path_factory: pytest.TempP
         for name, (own, how) in kinds.items()
     ])  # fmt: skip
     plan = []
-    for before, after in (("two", "two"), ("two", "one"), ("one", "two")):
+    for before, after in (("two", "one"), ("one", "two")):
         own, how = kinds[after]
         output = folder / f"{before}-{after}"
         shutil.copytree(folder / before, output, ignore=shutil.ignore_patterns("checkpoint-4"))
@@ -52,10 +52,6 @@ def test_the_model_is_that_of_one_process(runs: Path, name: str) -> None:
         assert (
             Image.open(grid).tobytes() == Image.open(runs / name / "samples" / grid.name).tobytes()
         )
-
-
-def test_two_processes_resume_bit_for_bit(runs: Path) -> None:
-    assert_same_run(runs / "two-two", runs / "two", 4)
 
 
 def test_its_checkpoint_verifies_and_is_a_model(runs: Path) -> None:

@@ -116,8 +116,8 @@ def test_captions_and_classes_are_dropped_together(options, empty, null):
         place = Place(index, 1)
         item, u = items[place], Draws(5, "dropout", index, 1).uniform(1)[0]
         assert item["caption"] == ("" if u < empty else data[index].caption)
-        assert item["class_label"] == (3 if u < null else data[index].label)
-        assert data[index].label == int(data[index].key.split("/")[-1][:2]) % 3
+        assert item["class_label"] == (3 if u < null else data.label(index))
+        assert data.label(index) == int(data.key(index).split("/")[-1][:2]) % 3
     checks = stage.dataset(validation, validation=True)
     for i in range(6):
         assert checks[Place(i)]["class_label"] == validation.label(i)

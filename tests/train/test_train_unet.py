@@ -1,5 +1,6 @@
 """The unet stage against diffusers' noise, torch's AdamW and closed forms."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -340,6 +341,30 @@ def test_going_on_with_another_run_is_refused(options, tmp_path):
         run("unet", **own | {"learning_rate": 2e-3}, resume_from_checkpoint="latest")
     with pytest.raises(CheckpointError, match="data was .* samples, .*, is .* samples"):
         run("unet", **own | {"train_data_dir": "flowers"}, resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "line"),
+    [
+        ("vae/config.json", "scaling_factor", 0.7, "vae settings was .*0.4.*, is .*0.7"),
+        ("text_encoder/config.json", "hidden_act", "gelu", "text_encoder settings was"),
+        ("scheduler/scheduler_config.json", "beta_end", 0.02, "schedule was .*, is .*0.02"),
+    ],
+)
+def test_going_on_with_another_frozen_model_is_refused(
+    options, tmp_path, tiny_model_folder, file, key, value, line
+):
+    """Of the same weights, at the same place."""
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    own = options | {"pretrained_model_name_or_path": str(folder), "unet": None}
+    own |= {"output_dir": tmp_path / "run", "max_train_steps": 1}
+    run("unet", **own)
+    content = json.loads((folder / file).read_text())
+    assert content[key] != value
+    (folder / file).write_text(json.dumps(content | {key: value}))
+    with pytest.raises(CheckpointError, match=line) as error:
+        run("unet", **own | {"max_train_steps": 2}, resume_from_checkpoint="latest")
+    assert "\n" not in str(error.value)
 
 
 def test_no_pickle_anywhere(options, tmp_path):

@@ -123,7 +123,7 @@ def make_stage_config(stage: str, options: dict[str, Any]) -> Any:
 
 def first_batch(stage: Any, data: Any, *, step: int = 0) -> dict[str, Any]:
     """The global batch of an optimizer step, as the loop collates it."""
-    from ldm.data.buckets import make_order
+    from ldm.training.data import make_order
 
     items = stage.dataset(data, validation=False)
     return default_collate([items[place] for place in make_order(data, stage.config).batch(step)])

@@ -38,10 +38,10 @@ RGB = Image.fromarray(pixels(7, 16))
 SMOOTH = np.repeat(np.arange(16, dtype=np.uint8)[:, None] * 15, 16, axis=1)
 
 
-def _turned() -> bytes:
+def _turned(kind: str) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
-    return _encoded(RGB.crop((0, 0, 16, 8)), "png", exif=exif)
+    return _encoded(RGB.crop((0, 0, 16, 8)), kind, exif=exif)
 
 
 def _see_through() -> tuple[bytes, np.ndarray]:
@@ -69,7 +69,8 @@ ODD_PICTURES: dict[str, tuple[bytes, np.ndarray]] = {
     "16 bit": (_encoded(Image.fromarray(SMOOTH.astype(np.uint16) * 257), "png"), GREY),
     "1 bit": (_encoded(Image.fromarray(SMOOTH > 99), "png"), np.where(GREY > 99, 255, 0)),
     "alpha": _see_through(),
-    "turned": (_turned(), np.rot90(pixels(7, 16)[:8], -1)),
+    "turned": (_turned("png"), np.rot90(pixels(7, 16)[:8], -1)),
+    "turned tiff": (_turned("tiff"), np.rot90(pixels(7, 16)[:8], -1)),
     "animated": (
         _encoded(RGB, "webp", save_all=True, append_images=[RGB.rotate(90)], lossless=True),
         pixels(7, 16),
@@ -306,6 +307,7 @@ BAD_MEMBERS = {
     "twice": [*_pairs("b"), ("b.png", png(1))],
     "two pictures": [*_pairs("b"), ("b.jpg", png(1))],
     "no caption": [("b.png", png(2))],
+    "second dot": [("b.v1.txt", "b"), ("b.v1.png", png(2)), ("b.v2.png", png(2))],
     "other members": [("b.png", png(2)), ("b.cls", "3"), ("b.pyd", BAD_PICTURES["pickle"])],
 }
 
@@ -317,6 +319,13 @@ def test_bad_members(tmp_path: Path, what: str) -> None:
     source = TarShards(shard, SKIP)
     assert [source[i].caption for i in range(len(source))] == ["a", "c"]
     assert len(source.missing) == 1
+
+
+def test_a_second_dot_is_named_or_beside_the_picture(tmp_path: Path) -> None:
+    shard = tar(tmp_path / "0.tar", [*_pairs("a"), ("a.mask.png", png(2)), ("a.mask.png", png(2))])
+    assert [sample.caption for sample in open_source(shard)] == ["a"]
+    tar(shard, [*_pairs("a"), ("b.v2.png", png(2)), ("b.v2.txt", "b")])
+    error(lambda: open_source(shard), "b in ", "its ending is .v2.png; a key may hold no dot")
 
 
 def test_names_that_point_elsewhere(tmp_path: Path) -> None:
@@ -389,6 +398,17 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert len(open_source(tmp_path, SKIP)) == 1
     metadata(tmp_path, {"file_name": "a.png", "text": "a"}, {"file_name": "a\0.png", "text": "b"})
     error(lambda: open_source(tmp_path), "line 2", "no file")
+
+
+def test_names_that_are_too_long(tmp_path: Path) -> None:
+    long, reading = "a" * 250 + ".png", {"caption_extension": ".caption"}
+    for name in (long, "b.png"):
+        write(tmp_path / name, png(1))
+    write(tmp_path / "b.caption", "b")
+    error(lambda: open_source(tmp_path, Reading(**reading)), "1 of 2", long)
+    assert len(open_source(tmp_path, Reading(**reading, on_bad_sample="skip"))) == 1
+    metadata(tmp_path, {"file_name": "a" * 300, "text": "a"})
+    error(lambda: open_source(tmp_path), "line 1", "there is no file aaa")
 
 
 @pytest.mark.parametrize("address", ["pipe:cat 0.tar", "file:///data/0.tar", "zip://a::x.tar",

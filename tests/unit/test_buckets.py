@@ -3,14 +3,17 @@
 from collections import Counter
 from itertools import product
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import pytest
 
-from ldm.data.buckets import Buckets, assign_buckets, check_steps, make_order
+from ldm.data.buckets import Buckets, assign_buckets, check_steps
 from ldm.data.order import Bucketed, Shuffled, Streamed
+from ldm.data.streams import StreamedShards
 from ldm.errors import ConfigError, DataError
 from ldm.training.config import TrainingConfig
+from ldm.training.data import make_order
 
 SD = Buckets(512, 256, 1024, 64)
 GRIDS = [SD, Buckets(64, 32, 128, 16), Buckets(500, 256, 1024, 64), Buckets(64, 60, 70, 8)]
@@ -110,6 +113,13 @@ class Headers:
         return self.sizes[index]
 
 
+class Streams(StreamedShards):
+    """Shards that need not exist."""
+
+    def __init__(self, *lengths: int):
+        self.shard_lengths = list(lengths)
+
+
 def order_of(source: Any, **options: Any) -> Any:
     options = {"seed": 3, "train_batch_size": 2, "resolution": 512} | options
     return make_order(source, TrainingConfig(**options))
@@ -118,15 +128,17 @@ def order_of(source: Any, **options: Any) -> Any:
 def test_the_order_is_by_the_source_and_the_options():
     source: Any = Headers([(100, 200), (300, 310), (100, 200), (50, 50)])
     assert order_of(source) == Shuffled(3, 2, 4)
+    smaller = order_of(source, enable_bucket=True, bucket_no_upscale=True, train_batch_size=1)
+    assert smaller.sizes == [(64, 64), (192, 64), (256, 256)]
     order = order_of(source, enable_bucket=True)
     assert order == Bucketed(3, 2, [1, 0, 1, 0], [(512, 512), (704, 320)])
     assert order is order_of(source, enable_bucket=True)  # headers are read once
-    smaller = order_of(source, enable_bucket=True, bucket_no_upscale=True, train_batch_size=1)
-    assert smaller.sizes == [(64, 64), (192, 64), (256, 256)]
-    source.shard_lengths = [3, 1]
-    assert order_of(source) == Streamed(3, 2, (3, 1))
+    data = ref(source)
+    del source
+    assert data() is None  # and the data set is not kept for it
+    assert order_of(Streams(3, 1)) == Streamed(3, 2, (3, 1))
     with pytest.raises(ConfigError, match="streamed shards come one after the other"):
-        order_of(source, enable_bucket=True)
+        order_of(Streams(3, 1), enable_bucket=True)
 
 
 def test_a_bad_header_waits_in_the_square_bucket_to_be_skipped():

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from ldm.errors import DataError
-from ldm.images import image_grid, read_image, to_pil, to_rgb
+from ldm.images import image_grid, read_image, to_pil, to_rgb, upright_size
 
 
 def test_to_pil_rounds_to_the_nearest_level():
@@ -73,6 +73,32 @@ def test_damaged_exif_is_no_damage(kind, kept):
     Image.new("RGB", (3, 2), "red").save(file, kind, exif=exif.tobytes()[:kept])
     image = to_rgb(Image.open(file))
     assert image.size == to_rgb(image).size == ((2, 3) if kept == 99 else (3, 2))
+
+
+@pytest.mark.parametrize(("tag", "kind"), [(b"\x01\x1a\x00\x05", 2), (b"\x01\x32\x00\x02", 5)])
+def test_exif_that_cannot_be_written_again(kind, tag):
+    """A resolution that is text, a date that is a fraction: the orientation beside it holds."""
+    exif = Image.Exif()
+    exif[0x112], exif[0x11A], exif[0x132] = 6, 72.0, "2020:01:01 00:00:00"
+    data = bytearray(exif.tobytes())
+    data[data.index(tag) + 3] = kind
+    file = BytesIO()
+    Image.new("RGB", (3, 2), "red").save(file, "png", exif=bytes(data))
+    image = to_rgb(Image.open(file))
+    assert image.size == to_rgb(image).size == upright_size(Image.open(file)) == (2, 3)
+
+
+def test_orientation_of_xmp_is_applied_once():
+    file = BytesIO()
+    xmp = b'<rdf:Description tiff:Orientation="6"/>'
+    Image.new("RGB", (3, 2), "red").save(file, "webp", xmp=xmp)
+    image = to_rgb(Image.open(file))
+    assert image.size == to_rgb(image).size == upright_size(Image.open(file)) == (2, 3)
+
+
+def test_floating_point_pixels_are_refused():
+    with pytest.raises(DataError, match="no agreed white; save the picture with 8 or 16 bits"):
+        to_rgb(Image.fromarray(np.ones((2, 2), np.float32)))
 
 
 def test_read_image_refuses_in_one_line(tmp_path):

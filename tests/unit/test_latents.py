@@ -1,22 +1,25 @@
 """The cache of latents: what it holds, what it goes on with, and what it refuses."""
 
-import json
 import pickle
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.data import latents
 from ldm.data.flowers import Flowers
-from ldm.data.latents import LatentCache, cache_key, write_cache
+from ldm.data.latents import LatentCache, Team, cache_key, write_cache
 from ldm.data.order import Place
+from ldm.data.streams import StreamedShards
 from ldm.errors import CheckpointError, DataError
 
 KEY = {"format": "1", "VAE": "ab12", "text encoder": "ef56", "preprocessing": "8 pixels"}
@@ -54,18 +57,19 @@ class Run:
         self.read: list[int] = []
         self.kill_at, self.bad = kill_at, bad
 
-    def load(self, places: list[Place]) -> Iterator[Any]:
-        for place in places:
-            if place.index == self.kill_at:
-                raise KeyboardInterrupt
-            self.read.append(place.index)
-            if place.index in self.bad:
-                yield DataError(f"{place.index}.png: the picture is damaged")
-            else:
-                yield {"pixels": picture(place), "caption": CAPTIONS[place.index % 4]}
+    def load(self, places: list[Place]) -> AbstractContextManager[Iterator[Any]]:
+        return closing(self._batch(place) for place in places)
+
+    def _batch(self, place: Place) -> dict[str, Any]:
+        if place.index == self.kill_at:
+            raise KeyboardInterrupt
+        self.read.append(place.index)
+        bad = f"{place.index}.png: the picture is damaged" if place.index in self.bad else ""
+        caption = CAPTIONS[place.index % 4]
+        return {"pixels": picture(place)[None], "caption": [caption], "bad": [bad]}
 
     def __call__(self, folder: Path, key: dict[str, str] = KEY, **options: Any) -> LatentCache:
-        options = {"flips": True, "skip": False} | options
+        options = {"flips": True} | options
         return write_cache(folder, key, PLACES, self.load, encode, embed, **options)
 
 
@@ -73,9 +77,6 @@ def files(folder: Path) -> dict[str, Any]:
     """All there is, but for the order of a header's entries, which safetensors leaves open."""
     found: dict[str, Any] = {}
     for file in sorted(folder.iterdir()):
-        if file.suffix == ".json":
-            found[file.name] = file.read_bytes()
-            continue
         with safe_open(file, "pt") as shard:
             tensors = {name: shard.get_tensor(name).tolist() for name in shard.keys()}  # noqa: SIM118
             found[file.name] = (tensors, shard.metadata())
@@ -94,8 +95,6 @@ def test_each_sample_is_what_it_is_alone(tmp_path):
     with safe_open(tmp_path / "latents-00000.safetensors", "pt") as shard:
         assert len(shard.get_tensor("contexts")) == 3  # "", a rose, a lily
         assert shard.get_tensor("captions").tolist() == [1, 0, 2, 1]
-    index = json.loads((tmp_path / "index.json").read_text())
-    assert index["made_of"] == KEY and index["samples"] == 14 and len(index["shards"]) == 4
 
 
 def test_without_flips_none_are_kept(tmp_path):
@@ -119,17 +118,15 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
 
 
 def test_two_processes_write_the_files_of_one(tmp_path):
-    """One after the other, the second one first; the index waits for both."""
+    """One after the other, the second one first."""
     Run()(tmp_path / "one")
     second, first = Run(), Run()
-    second(tmp_path / "two", rank=1, world=2)
+    second(tmp_path / "two", team=Team(1, 2))
     assert second.read == [4, 5, 6, 7, 12, 13]
-    assert not (tmp_path / "two" / "index.json").exists()
     seen = []
-    first(tmp_path / "two", world=2, barrier=lambda: seen.extend(files(tmp_path / "two")))
+    first(tmp_path / "two", team=Team(0, 2, lambda: seen.append(files(tmp_path / "two"))))
     assert first.read == [0, 1, 2, 3, 8, 9, 10, 11]
-    assert seen == [f"latents-0000{i}.safetensors" for i in range(4)]
-    assert files(tmp_path / "two") == files(tmp_path / "one")
+    assert seen == [files(tmp_path / "one")]
 
 
 @pytest.mark.parametrize("part", KEY)
@@ -144,7 +141,7 @@ def test_what_something_else_made_is_refused(tmp_path, part, killed):
     words = rf"with another {part} \({KEY[part]} then, cd34 now\); delete it or choose another lat"
     run = Run()
     with pytest.raises(CheckpointError, match=words) as error:
-        run(tmp_path, KEY | {part: "cd34"}, rank=1, world=2)  # whose shards may not be there yet
+        run(tmp_path, KEY | {part: "cd34"}, team=Team(1, 2))  # whose shards may not be there yet
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
     assert run.read == [] and files(tmp_path) == before
 
@@ -174,7 +171,7 @@ def test_only_a_damaged_shard_is_written_again(tmp_path, harm, caplog):
 
 
 def test_a_bad_sample_is_told_of_when_it_is_asked_for(tmp_path):
-    cache = Run(bad=(2, 12, 13))(tmp_path, skip=True)
+    cache = Run(bad=(2, 12, 13))(tmp_path)
     for index in range(14):
         if index in (2, 12, 13):
             for options in ({}, {"flipped": True}, {"empty": True}):
@@ -182,9 +179,45 @@ def test_a_bad_sample_is_told_of_when_it_is_asked_for(tmp_path):
                     cache.read(index, **options)
         else:
             assert torch.equal(cache.read(index)[0], encode(picture(PLACES[index])[None])[0])
-    with pytest.raises(DataError, match=r"^5\.png"):
-        Run(bad=(5,))(tmp_path / "other")
-    assert list(files(tmp_path / "other")) == ["latents-00000.safetensors"]
+
+
+def test_bad_samples_that_can_be_read_now(tmp_path):
+    Run(bad=(2, 12, 13))(tmp_path / "mended")
+    before, still = files(tmp_path / "mended"), Run(bad=(2, 12, 13))
+    still(tmp_path / "mended")
+    assert still.read == [2, 12, 13] and files(tmp_path / "mended") == before
+    again = Run(bad=(2,))
+    again(tmp_path / "mended")
+    assert again.read == [2, 12, 13, 12, 13]
+    Run(bad=(2,))(tmp_path / "whole")
+    assert files(tmp_path / "mended") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_a_file_of_something_else_stays(tmp_path, metadata):
+    file = tmp_path / "latents-00001.safetensors"
+    save_file({"a": torch.zeros(2)}, file, metadata)
+    content = file.read_bytes()
+    with pytest.raises(CheckpointError, match="00001.safetensors is of no cache") as error:
+        Run()(tmp_path)
+    assert "\n" not in str(error.value) and file.read_bytes() == content
+
+
+class Reworded(Flowers):
+    """The flowers, with one caption that cannot be read."""
+
+    def caption(self, index: int) -> str:
+        if index == 3:
+            raise DataError("the caption is not UTF-8 text")
+        return super().caption(index)
+
+
+def test_the_captions_of_streams_are_not_read(tiny_pipeline):
+    """For this every shard would have to be fetched; the column is in the fingerprint."""
+    stream = MagicMock(spec=StreamedShards, fingerprint="a" * 32)
+    stream.__len__.return_value = 5
+    cache_key(tiny_pipeline.vae, tiny_pipeline.text_encoder, stream, "32 pixels")
+    stream.caption.assert_not_called()
 
 
 def test_the_key_names_what_has_changed(tiny_pipeline):
@@ -215,5 +248,6 @@ def test_the_key_names_what_has_changed(tiny_pipeline):
         other = deepcopy(text)
         change(other)
         assert changed(vae, other, data, "32 pixels") == ["text encoder"]
-    assert changed(vae, text, Flowers(9), "32 pixels") == ["data set"]
+    assert changed(vae, text, Flowers(9), "32 pixels") == ["data set", "set of captions"]
+    assert changed(vae, text, Reworded(8), "32 pixels") == ["set of captions"]
     assert changed(vae, text, data, "64 pixels") == ["preprocessing"]

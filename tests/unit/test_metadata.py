@@ -15,6 +15,7 @@ from ldm.metadata import (
     SAMPLERS,
     SPACINGS,
     file_hash,
+    json_sha256,
     parameters_text,
     parse_parameters,
     read_parameters,
@@ -338,3 +339,8 @@ def test_file_hash(tmp_path):
         (tmp_path / name).write_bytes(content)
     assert file_hash(tmp_path / "a") == hashlib.sha256(b"first").hexdigest()
     assert file_hash(tmp_path) == hashlib.sha256(b"firstsecond").hexdigest()
+
+
+def test_the_hash_of_json_is_of_its_content():
+    text = b'{"a": [1, null], "b": {"c": 2.5}}'
+    assert json_sha256({"b": {"c": 2.5}, "a": (1, None)}) == hashlib.sha256(text).hexdigest()

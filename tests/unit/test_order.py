@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from ldm.data.order import Bucketed, Order, Place, Shuffled, Streamed, check_length, rank_slots
+from ldm.data.order import Bucketed, Order, Place, Shuffled, Streamed, check_length, micro_batches
 from ldm.errors import ConfigError, DataError
 from ldm.rng import Draws
 
@@ -88,7 +88,7 @@ def test_processes_stream_their_own_shards(world_size: int) -> None:
     read = [set[int]() for _ in range(world_size)]
     for step in range(steps):
         for rank, mine in enumerate(read):
-            places = order.batch(steps + step)[rank_slots(8, world_size, rank)]
+            places = order.batch(steps + step)[micro_batches(8, world_size, rank, 1)[0]]
             mine |= {int(shard_of[place.index]) for place in places}
     assert set().union(*read) == set(range(40))
     assert sum(map(len, read)) < 40 + world_size
@@ -128,15 +128,17 @@ def test_accumulation_does_not_change_the_order() -> None:
 
 def test_union_of_ranks_is_the_global_batch() -> None:
     batch = Shuffled(5, 12, 100).batch(7)
-    for world_size in (1, 2, 3, 4, 6, 12):
-        parts = [batch[rank_slots(12, world_size, rank)] for rank in range(world_size)]
+    for world_size, accumulation in ((1, 1), (2, 1), (3, 2), (4, 3), (6, 2), (12, 1), (1, 12)):
+        slots = [micro_batches(12, world_size, rank, accumulation) for rank in range(world_size)]
+        parts = [batch[own] for rank in slots for own in rank]
         assert sum(parts, []) == batch
-        assert {len(part) for part in parts} == {12 // world_size}
+        assert {len(part) for part in parts} == {12 // world_size // accumulation}
 
 
 def test_errors() -> None:
-    with pytest.raises(ConfigError, match="a global batch of 10 cannot be shared by 4"):
-        rank_slots(10, 4, 0)
+    for world_size, accumulation in ((4, 1), (1, 4), (2, 2), (20, 1)):
+        with pytest.raises(ConfigError, match="train_batch_size 10 cannot be split over"):
+            micro_batches(10, world_size, 0, accumulation)
     for make in (
         lambda: Shuffled(0, 4, 3),
         lambda: Bucketed(0, 4, [0, 0, 0, 0, 1, 1, 1], [(8, 8), (8, 16)]),

@@ -3,6 +3,8 @@
 import importlib
 import json
 import multiprocessing
+import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from layouts import error, png, tar, write
 
 from ldm.data import streams
@@ -91,7 +94,7 @@ def _cached(source: StreamedShards) -> list[Path]:
 def test_same_samples_as_local_shards(served, monkeypatch: pytest.MonkeyPatch) -> None:
     server, folder = served
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    importlib.import_module("prepare_data").main(["index", str(folder)])
+    importlib.import_module("prepare_data").main([str(folder)])
     reading = Reading(class_column="kind")
     here = TarShards(folder, reading)
     there = open_source(f"{server.address}/{{00000..00003}}.tar", reading)
@@ -101,7 +104,7 @@ def test_same_samples_as_local_shards(served, monkeypatch: pytest.MonkeyPatch) -
     assert len({there.key(i) for i in range(10)}) == len(there) == len(here) == 10
     for index in (9, 0, 4, 1, 8, 2, 3, 5, 6, 7):
         one, other = here[index], there[index]
-        assert (one.caption, one.label) == (other.caption, other.label)
+        assert (one.caption, here.label(index)) == (other.caption, there.label(index))
         assert here.size(index) == there.size(index) == (40, 40)
         np.testing.assert_array_equal(np.asarray(one.image), np.asarray(other.image))
     assert sorted(server.asked[1:]) == [f"{n:05d}.tar" for n in range(4)]  # each of them once
@@ -110,7 +113,7 @@ def test_same_samples_as_local_shards(served, monkeypatch: pytest.MonkeyPatch) -
 def test_counts_of_img2dataset(served) -> None:
     server, folder = served
     address = f"{server.address}/{{00000..00003}}.tar"
-    error(lambda: open_source(address), server.address, "prepare_data.py index FOLDER")
+    error(lambda: open_source(address), server.address, "prepare_data.py FOLDER")
     for number, count in enumerate(COUNTS):
         stats = {"count": count + 3, "successes": count, "failed_to_download": 3}
         write(folder / f"{number:05d}_stats.json", json.dumps(stats))
@@ -151,10 +154,13 @@ def test_what_fails_is_tried_again(served) -> None:
     error(lambda: source[9], f"{server.address}/00003.tar", "there is no such shard")
     assert server.asked.count("00003.tar") == 1
     server.failing = {}
-    assert source[6].caption == "words 7"  # nothing of the failure has stayed
+    error(lambda: source.caption(7), "00002.tar", "503")  # not every sample of a shard asks again
+    error(lambda: pickle.loads(pickle.dumps(source))[9], "there is no such shard")
+    assert [server.asked.count(f"{n:05d}.tar") for n in (2, 3)] == [4, 1]
+    assert open_source(f"{server.address}/{{00000..00002}}.tar")[6].caption == "words 7"
 
 
-def test_shards_that_are_not_what_the_index_says(served) -> None:
+def test_shards_that_are_not_what_the_index_says(served, monkeypatch) -> None:
     server, folder = served
     write(folder / "00002.tar", (folder / "00002.tar").read_bytes()[:5000])
     tar(folder / "00003.tar", [("a.png", png(1))])
@@ -165,6 +171,8 @@ def test_shards_that_are_not_what_the_index_says(served) -> None:
     error(lambda: source[2], "00001.tar", "7 by index.json")
     error(lambda: source[4], "00002.tar", "cut short")
     error(lambda: source[8], "00003.tar", ", a: neither a .txt nor a .json")
+    monkeypatch.setattr(streams, "index_tar", lambda _: pytest.fail("read again"))
+    error(lambda: source[5], "00002.tar", "cut short")
     assert _cached(source) and "00001.tar" not in [path.name for path in _cached(source)]
 
 
@@ -210,6 +218,8 @@ def test_validation_has_shards_of_its_own(served) -> None:
     names = [{shard.name for shard in part.shards} for part in (train, validation)]
     assert not names[0] & names[1]
     whole = open_source(config.train_data_dir)
+    other = open_source(config.train_data_dir, Reading(caption_column="long"))
+    assert whole.fingerprint != other.fingerprint
     parts = split_source(whole, 0.3, config.seed)
     said = [[part.caption(i) for i in range(len(part))] for part in parts]
     assert sorted(sum(said, [])) == sorted(f"words {n}" for n in range(1, 11))
@@ -235,6 +245,34 @@ def test_the_cache_goes_with_its_process(served, tmp_path: Path) -> None:
     assert [place.is_dir() for place in places] == [False, True]
     StreamedShards(f"{server.address}/00000.tar")
     assert not places[1].exists()
+
+
+def test_only_what_was_left_here_is_removed(served, tmp_path: Path) -> None:
+    """Not the cache of another machine with a like name, nor one that somebody uses."""
+    server, folder = served
+    _told(folder)
+    home, host, nobody = tmp_path / "cache/ldm/shards", socket.gethostname(), 999_999_999
+    names = ("{}-{}-left", "{}-{}-used", "{}-1-{}-other", "{}-x-{}", "{0}-x-y-z", "notes")
+    folders = [home / name.format(host, nobody) for name in names]
+    for path in folders:
+        path.mkdir(parents=True)
+    with FileLock(folders[1] / streams.IN_USE):
+        own = StreamedShards(f"{server.address}/00000.tar")._cache.folder
+    assert [path.is_dir() for path in folders] == [False, True, True, True, True, True]
+    with pytest.raises(TimeoutError), FileLock(own / streams.IN_USE, timeout=0):
+        pass
+
+
+def test_a_cache_that_is_too_small_is_told(served) -> None:
+    server, folder = served
+    _told(folder)
+    size = max(path.stat().st_size for path in folder.glob("*.tar"))
+    address = f"{server.address}/{{00000..00003}}.tar"
+    source = StreamedShards(address, Reading(shard_cache_gb=(2 * size + 1) / 1e9))
+    source.check_cache(2)
+    with pytest.raises(ConfigError, match=r"the 4 shards .* at once; set it to 0\.01 or more"):
+        source.check_cache(9)
+    StreamedShards(address, Reading(shard_cache_gb=(4 * size + 1) / 1e9)).check_cache(9)
 
 
 def test_what_cannot_be_streamed(served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """What is written is what is read back; what is damaged or of another run is refused."""
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def test_pruning_waits_for_the_new_checkpoint(tmp_path, monkeypatch):
     step(state)
 
     def full(folder: Path) -> None:
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(state.stage, "save", full)
     with pytest.raises(CheckpointError, match="cannot be written .no space left"):

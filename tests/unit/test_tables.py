@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from layouts import error, metadata, parquet, pixels, png, tar, write
+from layouts import check, error, metadata, parquet, pixels, png, tar, write
 
+from ldm.data import tables
 from ldm.data.sample import DataSource
 from ldm.data.sources import open_source
 from ldm.data.stored import Reading
@@ -23,16 +24,6 @@ HERE = Reading()
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
-def _check(source: DataSource, expected: list[tuple[str, str, int]]) -> None:
-    assert len(source) == len(expected)
-    for index in reversed(range(len(expected))):
-        sample = source[index]
-        key, caption, number = expected[index]
-        assert (sample.key, source.key(index), sample.caption) == (key, key, caption)
-        assert source.caption(index) == caption and source.size(index) == (8, 8)
-        np.testing.assert_array_equal(np.asarray(sample.image), pixels(number))
 
 
 def _rows(*numbers: int) -> dict[str, list]:
@@ -52,8 +43,8 @@ def test_the_hubs_layout(tmp_path: Path) -> None:
     assert isinstance(source, Table)
     names = ["train-00000-of-00002/000000", "train-00000-of-00002/000001"]
     names.append("train-00001-of-00002/000000")
-    _check(source, [(name, f"words {n}", n) for n, name in enumerate(names, 1)])
-    assert [source.label(i) for i in range(3)] == [1, 2, 3] and source[2].label == 3
+    check(source, [(name, f"words {n}", n) for n, name in enumerate(names, 1)])
+    assert [source.label(i) for i in range(3)] == [1, 2, 3]
     hub = open_hub(str(root), None, HERE)
     assert [hub.caption(i) for i in range(3)] == ["words 1", "words 2", "words 3"]
     (root / "data/train-00000-of-00002.parquet").unlink()
@@ -80,7 +71,7 @@ def test_img2dataset(tmp_path: Path) -> None:
         write(tmp_path / layout / "00000_stats.json", '{"successes": 1}')
     keys = {"tar": "00000/000000001", "files": "00000/000000001.jpg", "parquet": "00000/000000"}
     for layout, key in keys.items():
-        _check(open_source(tmp_path / layout), [(key, "words 1", 1)])
+        check(open_source(tmp_path / layout), [(key, "words 1", 1)])
 
 
 def test_ways_to_name_parquet(tmp_path: Path) -> None:
@@ -93,6 +84,12 @@ def test_ways_to_name_parquet(tmp_path: Path) -> None:
     parquet(tmp_path / "02.parquet", _rows(2) | {"text": ["other words"]})
     assert whole.fingerprint != open_source(tmp_path).fingerprint
     error(lambda: open_source(str(tmp_path / "{02..03}.parquet")), "03.parquet", "no such parquet")
+
+
+def test_parquet_of_one_name_in_two_folders(tmp_path: Path) -> None:
+    for number, folder in enumerate("ab"):
+        parquet(tmp_path / folder / "0.parquet", _rows(number))
+    check(open_source(tmp_path), [(f"{f}/0/000000", f"words {n}", n) for n, f in enumerate("ab")])
 
 
 def _sum(source: DataSource, index: int) -> int:
@@ -150,9 +147,32 @@ def test_hub_sets_of_files(tmp_path: Path) -> None:
     write(root / "train/a.png", png(1))
     write(tmp_path / "secret.png", png(2))
     metadata(root / "train", {"file_name": "a.png", "text": "a"})
-    _check(open_hub(str(root), None, HERE), [(f"{root}/000000", "a", 1)])
+    check(open_hub(str(root), None, HERE), [(f"{root}/000000", "a", 1)])
     _paths_only(tmp_path / "other/0.parquet", str(tmp_path / "secret.png"))
     error(lambda: open_hub(str(tmp_path / "other"), None, HERE), "secret.png is no file of the")
+    for name in ("a" * 300, "\0"):
+        _paths_only(tmp_path / "odd/0.parquet", name)
+        error(lambda: open_hub(str(tmp_path / "odd"), None, HERE), "is no file of the")
+
+
+def test_hub_sets_name_files_of_the_caches(tmp_path: Path, monkeypatch) -> None:
+    for name, folder in (
+        ("datasets.config.HF_CACHE_HOME", "home"),
+        ("datasets.config.HF_DATASETS_CACHE", "datasets"),
+        ("huggingface_hub.constants.HF_HUB_CACHE", "hub"),
+    ):
+        monkeypatch.setattr(name, str(tmp_path / folder))
+    load = tables._load_dataset()
+    for number, folder in enumerate(("home", "datasets", "hub", "elsewhere")):
+        picture, table = tmp_path / folder / "a.png", tmp_path / f"{number}.parquet"
+        write(picture, png(number))
+        _paths_only(table, str(picture))
+        rows = load("parquet", data_files=[str(table)], split="train")
+        monkeypatch.setattr(tables, "_load_dataset", lambda rows=rows: lambda *_, **__: rows)
+        if folder == "elsewhere":
+            error(lambda: open_hub("some/name", None, HERE), "a.png is no file of the data set")
+        else:
+            check(open_hub("some/name", None, HERE), [("some/name/000000", "words", number)])
 
 
 def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,8 +215,6 @@ def test_classes(tmp_path: Path) -> None:
         ):
             source = open_source(tmp_path / layout, Reading(class_column=column))
             assert {source.caption(i): source.label(i) for i in range(3)} == expected
-            samples = [source[i] for i in range(3)]
-            assert {sample.caption: sample.label for sample in samples} == expected
 
 
 @pytest.mark.parametrize("value", ["3", 2.0, -1, None, True])
@@ -205,10 +223,9 @@ def test_classes_that_are_none(tmp_path: Path, value: object) -> None:
     write(tmp_path / "a.png", png(1))
     metadata(tmp_path, {"file_name": "a.png", "text": "a", "kind": value})
     error(lambda: open_source(tmp_path, reading), "line 1", "'kind'", "whole number")
-    tar(
-        tmp_path / "0.tar", [("a.png", png(1)), ("a.json", json.dumps({"text": "", "kind": value}))]
-    )
-    error(lambda: open_source(tmp_path / "0.tar", reading)[0], "0/a", "'kind'", "whole number")
+    row = json.dumps({"text": "", "kind": value})
+    source = open_source(tar(tmp_path / "0.tar", [("a.png", png(1)), ("a.json", row)]), reading)
+    error(lambda: source.label(0), "0/a", "'kind'", "whole number")
 
 
 def test_classes_of_training_and_validation(tmp_path: Path) -> None:

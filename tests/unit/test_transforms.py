@@ -203,6 +203,9 @@ def test_errors() -> None:
         prepare(image, 4, interpolation="lanczoz")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="need draws"):
         prepare(image, 4, random_flip=True)
+    long = Image.new("RGB", (1, 2000))  # 512 x 1,024,000 before it is cropped
+    with pytest.raises(DataError, match=r"^a\.png: 1 x 2000 pixels are too long and thin to fill"):
+        prepare(long, 512, key="a.png")
     buffer = io.BytesIO()
     Image.fromarray(_random(32, 32, 3)).save(buffer, "png")
     with pytest.raises(DataError, match=r"^rose\.png: .*cut short"):
