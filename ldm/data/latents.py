@@ -9,7 +9,7 @@
 What is kept of a picture is the distribution of its latents, not a sample: training still draws
 from the posterior anew at every visit. A shard is written whole or not at all, with the sum of its
 numbers and what it was made of: a killed run goes on where it was, and a damaged shard is written
-again, but what something else has made is refused.
+again, as is one with bad samples that can be read now, but what something else has made is refused.
 
 Legend: b batch, l channels of the latents, h w their height and width, m different captions, n d
 tokens and width of the context.

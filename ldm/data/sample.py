@@ -28,7 +28,7 @@ class DataSource(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """A hash that names the data; it changes when samples come, go or change in size."""
+        """A hash that names the data and the column of captions; sizes stand for contents."""
         ...
 
     def __len__(self) -> int: ...

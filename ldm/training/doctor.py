@@ -93,7 +93,7 @@ def examine(name: str, config: TrainingConfig, sources: tuple[DataSource, DataSo
         least = 4 * config.train_batch_size
         small = replace(config, output_dir=folder, report_to=None, resume_from_checkpoint=None)
         if isinstance(small, UNetTraining):
-            few_steps = min(config.num_inference_steps, GRID_STEPS)
+            few_steps = min(small.num_inference_steps, GRID_STEPS)
             small = replace(small, latent_cache_dir=None, num_inference_steps=few_steps)
         few = first(data, least) if getattr(config, "cache_latents", False) else data
         run = Run(name, small, few, first(validation, min(len(validation), 8)))

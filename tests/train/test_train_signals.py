@@ -243,8 +243,7 @@ def test_a_loader_worker_that_is_killed(pictures, tmp_path):
     in_new_process(_kill_workers, settings(pictures), tmp_path)
     for phase in LOADING:
         *others, line = (tmp_path / f"errors-{phase}").read_text().splitlines()
-        assert line.startswith("error: DataLoader worker"), line
-        assert "a process that reads pictures has died, perhaps for want of memory" in line
+        assert line.startswith("error: a process that reads pictures has died"), line
         assert all(not other.strip() or "step/s" in other or "s/step" in other for other in others)
 
 

@@ -403,8 +403,8 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
 def test_names_that_are_too_long(tmp_path: Path) -> None:
     long, reading = "a" * 250 + ".png", {"caption_extension": ".caption"}
     for name in (long, "b.png"):
-        write(tmp_path / name, png(1))
-    write(tmp_path / "b.caption", "b")
+        write(tmp_path / "rose" / name, png(1))
+    write(tmp_path / "rose/b.caption", "b")
     error(lambda: open_source(tmp_path, Reading(**reading)), "1 of 2", long)
     assert len(open_source(tmp_path, Reading(**reading, on_bad_sample="skip"))) == 1
     metadata(tmp_path, {"file_name": "a" * 300, "text": "a"})
