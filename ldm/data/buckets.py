@@ -137,19 +137,6 @@ def read_buckets(
     return assign_buckets(pictures, buckets, batch_size)
 
 
-def check_steps(steps: int, factor: int) -> None:
-    """Refuse buckets, in pixels, that the VAE's downsampling factor does not divide.
-
-    Raises:
-        ConfigError: it leaves a rest.
-    """
-    if steps % factor:
-        raise ConfigError(
-            f"bucket_reso_steps {steps} is not a multiple of {factor}, the VAE's downsampling"
-            " factor"
-        )
-
-
 def _log_ratio(size: Size) -> float:
     return log(size[1] / size[0])
 

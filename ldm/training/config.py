@@ -190,7 +190,7 @@ class VaeTraining(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.pretrained_model_name_or_path:
-            check_resolution(self.resolution, self.vae.downsample_factor)
+            check_sides(self, self.vae.downsample_factor)
         if self.mixed_precision == "fp16" and self.disc_start is not None:
             raise ConfigError("two optimizers cannot share one fp16 loss scale; use bf16")
         if self.disc_start is not None and self.gradient_accumulation_steps > 1:
@@ -337,16 +337,17 @@ class UNetTraining(TrainingConfig):
             raise ConfigError("cache_latents keeps one crop of a picture; turn center_crop on")
 
 
-def check_resolution(resolution: int, factor: int) -> None:
+def check_sides(config: TrainingConfig, factor: int) -> None:
     """Refuse pictures, in pixels, that the VAE's downsampling factor does not divide.
 
     Raises:
         ConfigError: it leaves a rest.
     """
-    if resolution % factor:
-        raise ConfigError(
-            f"resolution {resolution} is not a multiple of {factor}, the VAE's downsampling factor"
-        )
+    for name in ("resolution", "bucket_reso_steps") if config.enable_bucket else ("resolution",):
+        if (side := getattr(config, name)) % factor:
+            raise ConfigError(
+                f"{name} {side} is not a multiple of {factor}, the VAE's downsampling factor"
+            )
 
 
 STAGES: dict[str, type[TrainingConfig]] = {

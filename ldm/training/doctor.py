@@ -204,7 +204,7 @@ def _measure_steps(report: Report, run: Run) -> tuple[float, float]:
 def _measure_validation(report: Report, run: Run, config: TrainingConfig, samples: int) -> float:
     """Seconds of a validation, from a few samples and a few of the sampler's steps."""
     few = [[Place(index) for index in range(len(run.validation_data))]]
-    _, losses = timed(lambda: validation_sums(run, few))
+    _, losses = timed(lambda: validation_sums(run.accelerator, run.stage, run.validation_data, few))
     losses *= samples / len(few[0]) / run.accelerator.num_processes
     _, grid = timed(run.stage.preview)
     if isinstance(config, UNetTraining):

@@ -206,7 +206,9 @@ class Run:
                 save = last or state.step % config.checkpointing_steps == 0
                 if validate or save or state.step % config.logging_steps == 0:
                     self.note_skipped(log)
-                if validate and (result := run_validation(self, stop)):
+                if validate and (
+                    result := run_validation(accelerator, state, self.validation_data, stop)
+                ):
                     figures, preview, bad = result
                     log.validation(state.step, figures, preview)
                     log.bad += [(state.step, error) for error in bad]

@@ -24,7 +24,6 @@ from torch.utils.data import Dataset
 
 from ldm.checkpoint.folder import load_schedule, load_text_encoder, load_unet, load_vae
 from ldm.checkpoint.locate import locate_model
-from ldm.data.buckets import check_steps
 from ldm.data.latents import ALONE, LatentCache, Team, cache_key, write_cache
 from ldm.data.order import Bucketed, Place
 from ldm.data.sample import DataSource
@@ -39,7 +38,7 @@ from ldm.models.autoencoder import DiagonalGaussian
 from ldm.models.unet import UNet
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.rng import Draws
-from ldm.training.config import UNetTraining, check_resolution
+from ldm.training.config import UNetTraining, check_sides
 from ldm.training.data import make_order
 from ldm.training.samples import Batch, Loader, Samples
 from ldm.training.sharding import gathered, is_sharded
@@ -138,8 +137,6 @@ class UNetStage(Stage):
             shown = list(islice(self._captions(validation), 4))
             self.prompts = [caption for caption, _ in shown]
             self.labels = self.labels or [label for _, label in shown if label is not None]
-        if self.config.enable_bucket:
-            check_steps(self.config.bucket_reso_steps, self.vae.config.downsample_factor)
         self.caches = dict[tuple[str, bool], LatentCache]()
         if self.config.cache_latents:
             for source, held_out in ((train, False), (validation, True)):
@@ -308,7 +305,7 @@ class UNetStage(Stage):
                 f"unet.in_channels is {channels}: an inpainting model draws here, but this stage"
                 " trains only what sees nothing beside the noisy latents"
             )
-        check_resolution(self.config.resolution, self.vae.config.downsample_factor)
+        check_sides(self.config, self.vae.config.downsample_factor)
         side = self.config.resolution // self.vae.config.downsample_factor
         if self.config.unet is not None and self.config.unet.sample_size != side:
             raise ConfigError(

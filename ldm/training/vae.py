@@ -21,7 +21,6 @@ from torch.utils.data import Dataset
 
 from ldm.checkpoint.folder import load_vae, save_vae
 from ldm.checkpoint.locate import locate_model
-from ldm.data.buckets import check_steps
 from ldm.data.order import Place
 from ldm.data.sample import DataSource
 from ldm.errors import CheckpointError, ConfigError
@@ -29,7 +28,7 @@ from ldm.images import image_grid, to_pil
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.rng import Draws
-from ldm.training.config import VaeTraining, check_resolution
+from ldm.training.config import VaeTraining, check_sides
 from ldm.training.samples import Samples
 from ldm.training.stage import Batch, Stage, load_sample
 
@@ -68,9 +67,7 @@ class VaeStage(Stage):
             self.vae = self.vae.float()
         else:
             self.vae = AutoencoderKL(config.vae)
-        check_resolution(config.resolution, self.vae.config.downsample_factor)
-        if config.enable_bucket:
-            check_steps(config.bucket_reso_steps, self.vae.config.downsample_factor)
+        check_sides(config, self.vae.config.downsample_factor)
         self.vae.gradient_checkpointing = config.gradient_checkpointing
         if config.decoder_only:
             self.vae.encoder.requires_grad_(False)

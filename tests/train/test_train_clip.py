@@ -174,11 +174,11 @@ def test_validation_batches_are_equal(options, monkeypatch):
     monkeypatch.setattr(validation, "BATCH", 4)
     with own_processes():
         made = prepared_run("clip", **options)
-        made.validation_data = Subset(made.validation_data, range(5))
+        held = Subset(made.validation_data, range(5))
         validate = made.stage.validate
         monkeypatch.setattr(
             made.stage, "validate", lambda b: sizes.append(len(b["caption"])) or validate(b)
         )
-        figures, _, _ = validation.run_validation(made, Stop())
+        figures, _, _ = validation.run_validation(made.accelerator, made.state, held, Stop())
     assert sizes == [2, 3]
     assert 0 <= figures["accuracy"] <= 1 and figures["loss"] > 0

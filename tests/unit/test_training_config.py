@@ -12,7 +12,6 @@ from ldm.training.config import (
     TrainingConfig,
     UNetTraining,
     VaeTraining,
-    check_resolution,
 )
 
 
@@ -61,7 +60,11 @@ from ldm.training.config import (
         (lambda: UNetTraining(fsdp=True, mixed_precision="fp16"), "fsdp cannot share out"),
         (lambda: UNetTraining(noise_offset=-0.1), "noise_offset is -0.1; it must be 0 or more"),
         (lambda: ClipTraining(enable_bucket=True), "turn enable_bucket off"),
-        (lambda: check_resolution(60, 8), "resolution 60 is not a multiple of 8"),
+        (lambda: VaeTraining(resolution=66), "resolution 66 is not a multiple of 8"),
+        (
+            lambda: VaeTraining(enable_bucket=True, bucket_reso_steps=62),
+            "bucket_reso_steps 62 is not a multiple of 8",
+        ),
     ],
 )
 def test_one_line_says_what_is_wrong(make, words):
