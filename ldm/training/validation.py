@@ -60,6 +60,7 @@ def run_validation(
     return figures, preview, bad
 
 
+@torch.no_grad()
 def validation_sums(
     accelerator: Accelerator, stage: Stage, source: DataSource, chunks: list[list[Place]]
 ) -> tuple[dict[str, float], list[str]]:
