@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import log
 
 from tqdm import tqdm
@@ -92,7 +93,7 @@ def assign_buckets(
         The sizes of the buckets that are in use, and the bucket of each picture.
     """
     sizes = buckets.sizes()
-    borders = [(_log_ratio(a) + _log_ratio(b)) / 2 for a, b in zip(sizes, sizes[1:], strict=False)]
+    borders = [(_log_ratio(a) + _log_ratio(b)) / 2 for a, b in pairwise(sizes)]
     chosen = []
     for width, height in pictures:
         size = sizes[bisect_left(borders, log(width / height))]

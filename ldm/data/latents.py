@@ -211,7 +211,8 @@ def _encode(
             for index, moments in zip(pictures, encode(view).float().cpu(), strict=True):
                 tensors[f"{index}.{name}"] = moments  # 2l h w
 
-    for number, (place, batch) in enumerate(zip(places, batches, strict=False)):
+    for number, place in enumerate(places):
+        batch = next(batches)
         if batch["bad"][0]:
             bad[place.index] = batch["bad"][0]
             continue

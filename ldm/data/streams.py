@@ -19,7 +19,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import ceil
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
@@ -100,7 +100,7 @@ class StreamedShards(Shards):
     def _use(self, shards: list[Shard], samples: int | None = None) -> None:
         ends = list(accumulate(shard.samples for shard in shards))
         ends = ends if samples is None else [min(end, samples) for end in ends]
-        lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        lengths = [end - start for start, end in pairwise([0, *ends])]
         self.shard_lengths = [length for length in lengths if length]
         self.shards = shards[: len(self.shard_lengths)]
         self._ends = ends[: len(self.shards)]
