@@ -24,6 +24,10 @@ SamplerName = Literal[
 ]  # fmt: skip
 
 
+EngineName = Literal["plain", "fast", "compiled"]
+"""What computes: the modules as they are; the same, prepared for the device; or built for it."""
+
+
 @dataclass(frozen=True)
 class UNetConfig:
     """The cross-attention U-Net of Latent Diffusion (Rombach et al. 2022); defaults are SD 1.5.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 # What a picture depends on beside the arguments of the call.
 INPUTS = ("model", "config", "variant", "prediction_type", "lora", "textual_inversion")
-INPUTS += ("vae_tiling", "cpu_offload", "image", "mask_image", "outpaint")
+INPUTS += ("vae_tiling", "cpu_offload", "engine", "image", "mask_image", "outpaint")
 
 
 def read_inputs(options: Namespace) -> dict[str, Image.Image]:
@@ -59,7 +60,10 @@ def open_model(options: Namespace) -> LatentDiffusionPipeline:
     from ldm.pipeline import LatentDiffusionPipeline
 
     find_device(options.device)
-    load: dict[str, Any] = {"torch_dtype": getattr(torch, DTYPES[_dtype(options)])}
+    dtype = _dtype(options)
+    load: dict[str, Any] = {"torch_dtype": getattr(torch, DTYPES[dtype]), "engine": options.engine}
+    if options.dtype == "auto":
+        print(f"computing in {dtype}; --dtype decides otherwise", file=sys.stderr)
     model = locate_model(options.model, variant=options.variant)
     if model.is_file():
         load |= {"prediction_type": options.prediction_type, "config": options.config}
@@ -93,8 +97,8 @@ def record_of(pipeline: LatentDiffusionPipeline, options: Namespace) -> dict[str
         pipeline: of `open_model`, before adapters change it.
         options: of the script.
     """
+    import tokenizers
     import torch
-    import transformers
 
     inputs = {name: value for name in INPUTS if (value := getattr(options, name, None))}
     return {
@@ -105,7 +109,7 @@ def record_of(pipeline: LatentDiffusionPipeline, options: Namespace) -> dict[str
         "versions": {
             "ldm": __version__,
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
             "python": platform.python_version(),
         },
         "device": find_device(options.device).partition(":")[0],  # whichever of several
@@ -119,8 +123,8 @@ def _configurations(pipeline: LatentDiffusionPipeline) -> dict[str, str]:
     text = pipeline.text_encoder.settings()
     parts = {
         "schedule": asdict(pipeline.schedule.config),
-        "unet configuration": asdict(pipeline.unet.config),
-        "vae configuration": asdict(pipeline.vae.config),
+        "unet configuration": asdict(pipeline.unet_config),
+        "vae configuration": asdict(pipeline.vae_config),
         "tokenizer": text.pop("tokenizer"),
         "text_encoder configuration": text,
     }
@@ -135,7 +139,7 @@ def call_inputs(pipeline: LatentDiffusionPipeline, options: Namespace) -> dict[s
     from ldm.tasks import outpainting
 
     margins = dict(zip(("left", "right", "top", "bottom"), options.outpaint, strict=True))
-    factor = pipeline.vae.config.downsample_factor
+    factor = pipeline.vae_config.downsample_factor
     image, mask = outpainting(inputs["image"], **margins, factor=factor)
     return {"image": image, "mask_image": mask}
 
@@ -263,7 +267,7 @@ def at_a_time(
     image: Image.Image | None = None,
 ) -> int:
     """How many pictures to draw together: what the user says, or about a megapixel."""
-    side = pipeline.unet.config.sample_size * pipeline.vae.config.downsample_factor
+    side = pipeline.unet_config.sample_size * pipeline.vae_config.downsample_factor
     width, height = (side, side) if image is None else image.size
     area = settings.get("width", width) * settings.get("height", height)
     return options.batch_size or max(1, min(64, 2**20 // area))
@@ -315,8 +319,24 @@ def _parameters(record: dict[str, Any]) -> str:
 
 
 def _dtype(options: Namespace) -> str:
-    half = "bf16" if find_device(options.device) == "cpu" else "fp16"
-    return half if options.dtype == "half" else options.dtype
+    cpu = find_device(options.device) == "cpu"
+    match options.dtype:
+        case "half":
+            return "bf16" if cpu else "fp16"
+        case "auto":
+            return "bf16" if cpu and has_amx() else "fp32"
+        case dtype:
+            return dtype
+
+
+def has_amx() -> bool:
+    """Whether this CPU multiplies matrices of bfloat16 many times as fast as those of float32.
+
+    AVX512-BF16 alone does not: without AMX, products of bfloat16 took 1.7 times as long.
+    """
+    import torch
+
+    return torch.cpu._is_amx_tile_supported()
 
 
 def _processor(device: str) -> str:

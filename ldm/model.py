@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,10 @@ from ldm.checkpoint.folder import ModelParts, load_folder, save_folder
 from ldm.checkpoint.io import tensors_sha256
 from ldm.checkpoint.locate import locate_model
 from ldm.checkpoint.single_file import load_single_file
-from ldm.config import Prediction
+from ldm.config import AutoencoderConfig, EngineName, Prediction, UNetConfig
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.engine import Engine
+from ldm.engine.quantized import Quantization
 from ldm.errors import ConfigError
 from ldm.images import to_pil
 from ldm.models.autoencoder import AutoencoderKL
@@ -29,6 +31,22 @@ from ldm.models.text_encoder import TextEncoder
 from ldm.models.unet import UNet
 
 logger = logging.getLogger(__name__)
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class _Part(Generic[Network]):
+    """A network that an engine works for: who asks for it gets it with its weights in it."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, model: Model, owner: type) -> Network:
+        return model._engines[self.name].lend()  # type: ignore[return-value]
+
+    def __set__(self, model: Model, network: Network) -> None:
+        model._engines[self.name] = Engine(network, model.engine)
+        setattr(model, f"_{self.name}", network)
 
 
 class Model:
@@ -40,10 +58,18 @@ class Model:
         text_encoder: prompts to context.
         schedule: the noise schedule that the U-Net was trained with.
         defaults: `num_inference_steps` and `guidance_scale` that suit this model.
+        engine: what computes: `plain`, the modules as they are; `fast`, the same prepared for the
+            device; or `compiled`, after a build of its own. See `ldm.engine`.
 
     Raises:
         ConfigError: the parts do not fit each other.
     """
+
+    # Outside, the networks with their weights; inside, `_unet` and `_vae`, which may be without.
+    unet = _Part[UNet]()
+    vae = _Part[AutoencoderKL]()
+    _unet: UNet
+    _vae: AutoencoderKL
 
     def __init__(
         self,
@@ -53,8 +79,12 @@ class Model:
         schedule: NoiseSchedule,
         *,
         defaults: Mapping[str, Any] | None = None,
+        engine: EngineName = "fast",
     ):
         check_parts(unet, vae, text_encoder, schedule)
+        self.engine: EngineName = engine
+        self._engines: dict[str, Engine] = {}
+        self._exact = True
         self.unet, self.vae, self.text_encoder, self.schedule = unet, vae, text_encoder, schedule
         self.defaults = {"num_inference_steps": 50, "guidance_scale": 7.5} | dict(defaults or {})
         self._adapters = Adapters(unet, text_encoder)
@@ -71,6 +101,7 @@ class Model:
         variant: str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
+        engine: EngineName = "fast",
     ) -> Self:
         """Open a model: a folder in the diffusers layout, a single `.safetensors` or `.ckpt` file,
         `flowers`, or an `owner/name` of the hub.
@@ -81,6 +112,7 @@ class Model:
             variant: `fp16` reads the `.fp16.safetensors` files of a folder.
             revision: branch, tag or commit on the hub.
             local_files_only: never ask the network.
+            engine: what computes, as of `Model`.
 
         Raises:
             ConfigError: there is no such model, or its parts do not fit each other.
@@ -93,8 +125,8 @@ class Model:
             local_files_only=local_files_only,
         )
         if model.is_file():
-            return cls.from_single_file(model, torch_dtype=torch_dtype)
-        return cls._of(load_folder(model, dtype=torch_dtype, variant=variant))
+            return cls.from_single_file(model, torch_dtype=torch_dtype, engine=engine)
+        return cls._of(load_folder(model, dtype=torch_dtype, variant=variant), engine)
 
     @classmethod
     def from_single_file(
@@ -105,6 +137,7 @@ class Model:
         prediction_type: Prediction | None = None,
         config: str | Path | None = None,
         ema: bool | None = None,
+        engine: EngineName = "fast",
     ) -> Self:
         """Open a single file of Stable Diffusion 1.x or 2.x, or one that ldm has written.
 
@@ -114,6 +147,7 @@ class Model:
             prediction_type: what the U-Net predicts, where neither the file nor a YAML says.
             config: the YAML that came with the file; the one beside it when not given.
             ema: whether to draw with the averaged weights; with them if there are any when None.
+            engine: what computes, as of `Model`.
 
         Raises:
             CheckpointError: the file is damaged, of another kind of model, or its prediction type
@@ -122,18 +156,22 @@ class Model:
         parts = load_single_file(
             file, prediction_type=prediction_type, config=config, ema=ema, dtype=torch_dtype
         )
-        return cls._of(parts)
+        return cls._of(parts, engine)
 
     @classmethod
-    def _of(cls, parts: ModelParts) -> Self:
+    def _of(cls, parts: ModelParts, engine: EngineName) -> Self:
         networks = (parts.unet, parts.vae, parts.text_encoder)
-        return cls(*networks, parts.schedule, defaults=parts.defaults)
+        model = cls(*networks, parts.schedule, defaults=parts.defaults, engine=engine)
+        for each in model._engines.values():
+            each.own = True
+        return model
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write a model folder that ldm and diffusers open, in the dtype that the weights have.
 
         Each component's folder is written whole or not at all, and the index last.
         """
+        self._check_exact()
         save_folder(ModelParts(**self.components), Path(save_directory))
 
     def to(self, *args: Any, **options: Any) -> Self:
@@ -145,19 +183,20 @@ class Model:
         _check_place(*args, **options)
         if any(isinstance(where, str | torch.device) for where in (*args, *options.values())):
             self._offload = None
-        for model in (self.unet, self.vae, self.text_encoder):
+        self._release()
+        for model in (self._unet, self._vae, self.text_encoder):
             model.to(*args, **options)
         return self
 
     @property
     def device(self) -> torch.device:
         """Where the pipeline draws."""
-        return self._offload or next(self.unet.parameters()).device
+        return self._offload or next(self._unet.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """What the U-Net computes in."""
-        return next(self.unet.parameters()).dtype
+        return next(self._unet.parameters()).dtype
 
     @property
     def components(self) -> dict[str, Any]:
@@ -172,17 +211,22 @@ class Model:
 
     def component_hashes(self) -> dict[str, str]:
         """SHA-256 of each network's tensors, by the names of `components`; adapters included."""
-        parts = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
+        self._release()
+        parts = {"unet": self._unet, "vae": self._vae, "text_encoder": self.text_encoder}
         return {name: tensors_sha256(part.state_dict()) for name, part in parts.items()}
 
     def load_lora_weights(
         self, file: str | Path, weight: float = 1.0, name: str | None = None
     ) -> str:
         """Merge a LoRA file into the weights; see `ldm.checkpoint.adapters.Adapters.add_lora`."""
+        self._check_exact()
+        self._release()
         return self._adapters.add_lora(file, weight, name)
 
     def unload_lora_weights(self, name: str | None = None) -> None:
         """Take one LoRA, or all of them, out again: the weights are what they were, in bits."""
+        self._check_exact()
+        self._release()
         self._adapters.remove_lora(name)
 
     def load_textual_inversion(self, file: str | Path, token: str | None = None) -> str:
@@ -192,6 +236,19 @@ class Model:
     def unload_textual_inversion(self, token: str | None = None) -> None:
         """Forget one such word, or all of them."""
         self._adapters.remove_textual_inversion(token)
+
+    def quantize(self, how: Quantization) -> None:
+        """Have the U-Net's transformer blocks multiply in 8 bits; see `ldm.engine.quantized`.
+
+        On a CPU it gains time with the engine `compiled` alone. Load adapters before.
+
+        Raises:
+            ConfigError: torchao is not installed, or this device cannot do it.
+        """
+        from ldm.engine.quantized import quantized
+
+        self._check_exact()
+        self.unet, self._exact = quantized(self.unet, how), False
 
     def enable_vae_tiling(self, tile: int = 32) -> None:
         """Encode and decode in bands of rows, which changes no picture: see `ldm.models.banded`.
@@ -204,7 +261,8 @@ class Model:
         """
         if tile < 1:
             raise ConfigError(f"tile is {tile}; it must be 1 or more")
-        self._banded = BandedAutoencoder(self.vae, tile)
+        self._engines["vae"].release()
+        self._banded = BandedAutoencoder(self._vae, tile)
 
     def disable_vae_tiling(self) -> None:
         """Encode and decode pictures whole again."""
@@ -246,9 +304,8 @@ class Model:
                 f"picture {wrong[0]} of the batch: the U-Net's numbers are not finite in"
                 f" {self.dtype}; draw in float32, or look at the weights and the settings"
             )
-        raw = self.vae.unscale(latents)
-        vae = self._banded or self.vae
-        images = torch.cat([self._through_vae(vae.decode, piece) for piece in self._sliced(raw)])
+        pieces = self._sliced(self._vae.unscale(latents))
+        images = torch.cat([self._through_vae(lambda vae, x: vae.decode(x), x) for x in pieces])
         if output_type == "pil":
             return to_pil(images)
         images = (images / 2 + 0.5).clamp(0, 1)
@@ -257,49 +314,79 @@ class Model:
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Pictures b 3 H W in [-1, 1] to their likeliest scaled latents b l h w, on the CPU."""
-        vae, pieces = self._banded or self.vae, self._sliced(pixels)
-        raw = [self._through_vae(lambda x: vae.encode(x).mode(), piece) for piece in pieces]
-        return self.vae.scale(torch.cat(raw)).cpu()
+        pieces = self._sliced(pixels)
+        raw = [self._through_vae(lambda vae, x: vae.encode(x).mode(), x) for x in pieces]
+        return self._vae.scale(torch.cat(raw)).cpu()
+
+    @property
+    def unet_config(self) -> UNetConfig:
+        """The U-Net's shape."""
+        return self._unet.config
+
+    @property
+    def vae_config(self) -> AutoencoderConfig:
+        """The autoencoder's shape."""
+        return self._vae.config
 
     def latent_shape(
         self, height: int | None = None, width: int | None = None
     ) -> tuple[int, int, int]:
         """Shape l h w of the latents of a picture of this size in pixels, or of the model's."""
-        factor, side = self.vae.config.downsample_factor, self.unet.config.sample_size
+        factor, side = self.vae_config.downsample_factor, self.unet_config.sample_size
         h, w = (side if size is None else size // factor for size in (height, width))
-        return self.vae.config.latent_channels, h, w
+        return self.vae_config.latent_channels, h, w
 
     def _sliced(self, x: Tensor) -> Sequence[Tensor]:
         return x.split(1 if self._slicing else len(x))
 
-    def _through_vae(self, work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _through_vae(self, work: Callable[[Any, Tensor], Tensor], x: Tensor) -> Tensor:
         """What the VAE makes of x, float32; where half precision overflows, made in float32."""
-        dtype = next(self.vae.parameters()).dtype
-        with self._at_work(self.vae):
-            result = work(x.to(self.device, dtype)).float()
+        dtype = next(self._vae.parameters()).dtype
+        with self._at_work("vae") as vae:
+            result = work(vae, x.to(self.device, dtype)).float()
             wrong = _not_finite(result)
             if wrong and dtype != torch.float32:
                 logger.warning("the VAE overflows in %s; picture %s goes in float32", dtype, wrong)
-                self.vae.float()  # half precision survives the way there and back
+                self._engines["vae"].release()
+                self._vae.float()  # half precision survives the way there and back
                 try:
-                    result[wrong] = work(x[wrong].to(self.device, torch.float32))
+                    plain = self._banded or self._vae
+                    result[wrong] = work(plain, x[wrong].to(self.device, torch.float32))
                 finally:
-                    self.vae.to(dtype)
+                    self._vae.to(dtype)
         if _not_finite(result):
             raise ConfigError("the VAE's numbers are not finite; its weights are damaged")
         return result
 
     @contextmanager
-    def _at_work(self, part: nn.Module) -> Iterator[None]:
-        """With CPU offload, the part is on the device for this long only."""
-        if self._offload is None:
-            yield
-            return
+    def _at_work(self, name: str) -> Iterator[Any]:
+        """What computes for a part; with CPU offload, it is on the device for this long only."""
+        if name == "vae" and self._banded is not None:
+            part, instead = self._vae, self._banded
+        elif name == "text_encoder":
+            part = instead = self.text_encoder
+        else:
+            engine = self._engines[name]
+            part = engine.network
+            instead = part if self._offload else engine.ready()
         try:
-            part.to(self._offload)
-            yield
+            if self._offload is not None:
+                part.to(self._offload)
+            yield instead
         finally:
-            part.to("cpu")
+            if self._offload is not None:
+                part.to("cpu")
+
+    def _check_exact(self) -> None:
+        if not self._exact:
+            raise ConfigError(
+                "the U-Net is in 8 bits now; save it, and load or unload adapters, before quantize"
+            )
+
+    def _release(self) -> None:
+        """Give the networks their weights, which the engines may have."""
+        for engine in self._engines.values():
+            engine.release()
 
 
 def _not_finite(batch: Tensor) -> list[int]:

@@ -286,16 +286,16 @@ class LatentDiffusionPipeline(Model):
         strength: float | None,
     ) -> tuple[int, int, float | None]:
         """Height and width in pixels, and the strength, None without an image."""
-        inpainting = self.unet.config.in_channels > self.vae.config.latent_channels
+        inpainting = self.unet_config.in_channels > self.vae_config.latent_channels
         if inpainting and (image is None or mask_image is None):
             raise ConfigError("this is an inpainting model: give image and mask_image")
         if image is None and (mask_image is not None or strength is not None):
             given = "strength" if mask_image is None else "mask_image"
             raise ConfigError(f"{given} is given but no image; give image, too")
-        factor = self.vae.config.downsample_factor
-        own = (self.unet.config.sample_size * factor,) * 2
+        factor = self.vae_config.downsample_factor
+        own = (self.unet_config.sample_size * factor,) * 2
         if image is not None:
-            own = size_of(image, factor, self.vae.config.latent_channels)
+            own = size_of(image, factor, self.vae_config.latent_channels)
             usual = 0.8 if mask_image is None else 1.0
             strength = usual if strength is None else strength
         height = own[0] if height is None else height
@@ -319,8 +319,8 @@ class LatentDiffusionPipeline(Model):
                     limit = self.text_encoder.max_tokens
                     logger.warning("beyond the %d tokens of a prompt, not seen: %s", limit, dropped)
         options: Any = {"prompt_weights": prompt_weights, "long_prompts": long_prompts}
-        with self._at_work(self.text_encoder):
-            return self.text_encoder.contexts(list(prompts), clip_skip=clip_skip, **options)
+        with self._at_work("text_encoder") as text_encoder:
+            return text_encoder.contexts(list(prompts), clip_skip=clip_skip, **options)
 
     @torch.no_grad()
     def equal_length(
@@ -339,8 +339,8 @@ class LatentDiffusionPipeline(Model):
                 f"contexts have {sorted({len(context) for context in contexts})} tokens; make them"
                 f" equal, or multiples of {chunk}"
             )
-        with self._at_work(self.text_encoder):
-            return [self.text_encoder.pad(context, n, clip_skip) for context in contexts]
+        with self._at_work("text_encoder") as text_encoder:
+            return [text_encoder.pad(context, n, clip_skip) for context in contexts]
 
     def _contexts(
         self,
@@ -381,7 +381,7 @@ class LatentDiffusionPipeline(Model):
         return torch.stack(list(contexts)).to(self.device, self.dtype)  # b n d
 
     def _embeds(self, name: str, embeds: Tensor) -> list[Tensor]:
-        width = self.unet.config.cross_attention_dim
+        width = self.unet_config.cross_attention_dim
         if embeds.ndim != 3 or embeds.shape[-1] != width or not len(embeds):
             raise ConfigError(
                 f"{name} have shape {tuple(embeds.shape)}; this model needs (b, n, {width})"
@@ -392,7 +392,7 @@ class LatentDiffusionPipeline(Model):
         """The class of each picture: b."""
         if given is None:
             return None
-        classes = (self.unet.config.num_class_embeds or 1) - 1  # the last row is none
+        classes = (self.unet_config.num_class_embeds or 1) - 1  # the last row is none
         try:
             labels = torch.as_tensor(given).flatten()
             torch.iinfo(labels.dtype)  # only integers have one
@@ -420,7 +420,7 @@ class LatentDiffusionPipeline(Model):
         """
         if image is None:
             return None, None, None
-        channels, factor = self.vae.config.latent_channels, self.vae.config.downsample_factor
+        channels, factor = self.vae_config.latent_channels, self.vae_config.downsample_factor
         height, width = settings.height, settings.width
         if is_latents(image, channels):
             known, pixels = torch.as_tensor(image).float().cpu(), None
@@ -438,7 +438,7 @@ class LatentDiffusionPipeline(Model):
         mask = to_mask(mask_image, image, height, width)  # b 1 H W
         # A latent pixel is kept only where all of its pixels are.
         small = per_picture("mask_image", F.max_pool2d(mask, factor), count)  # b 1 h w
-        if self.unet.config.in_channels == channels:
+        if self.unet_config.in_channels == channels:
             return known, small, None
         if pixels is None:
             raise ConfigError("an inpainting model needs the image's pixels, not its latents")
@@ -475,8 +475,9 @@ class LatentDiffusionPipeline(Model):
             x = torch.where(mask > 0, x, known + high * noise)
 
         def fresh_noise() -> Tensor:
-            draws = [image_noise(g, tuple(x.shape[1:])) for g in batch.generators]
-            return torch.stack(draws).to(self.device)  # b l h w
+            draws = torch.stack([image_noise(g, tuple(x.shape[1:])) for g in batch.generators])
+            draws = draws.pin_memory() if self.device.type == "cuda" else draws
+            return draws.to(self.device, non_blocking=True)  # b l h w
 
         bar = tqdm(total=len(sigmas) - 1, **self._progress)
 
@@ -495,7 +496,7 @@ class LatentDiffusionPipeline(Model):
                 raise StopSampling(x)
             return x
 
-        with bar, self._at_work(self.unet):
+        with bar, self._at_work("unet"):
             x = spec.sample(denoise, x, sigmas, noise=fresh_noise, callback=callback, **options)
         x = to_vp(x, reached)
         if known is not None and mask is not None and not self._interrupt:
@@ -505,21 +506,21 @@ class LatentDiffusionPipeline(Model):
     def _network(self, batch: _Batch) -> Network:
         """The U-Net, told the classes and, for inpainting, shown the mask and what it leaves.
 
-        Guidance doubles the batch, and its first half has no class.
+        Of guidance's two contexts a picture, the first, the negative one, has no class.
         """
+        unet: Network = self._unet if self._offload else self._engines["unet"]
         if batch.labels is None and batch.extra is None:
-            return self.unet
-        labels, shown, classes = None, None, self.unet.config.num_class_embeds
+            return unet
+        labels, shown, classes = None, None, self.unet_config.num_class_embeds
         if batch.labels is not None and classes is not None:
             null = torch.full_like(batch.labels, classes - 1)
             labels = torch.cat([null, batch.labels]).to(self.device)  # 2b
         if batch.extra is not None:
-            shown = batch.extra.to(self.device, self.dtype).repeat(2, 1, 1, 1)  # 2b 1+l h w
+            shown = batch.extra.to(self.device, self.dtype)  # b 1+l h w
 
         def network(x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-            b = len(x_t)
-            x_t = x_t if shown is None else torch.cat([x_t, shown[-b:]], 1)
-            return self.unet(x_t, t, context, None if labels is None else labels[-b:])
+            x_t = x_t if shown is None else torch.cat([x_t, shown], 1)
+            return unet(x_t, t, context, None if labels is None else labels[-len(context) :])
 
         return network
 

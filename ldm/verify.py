@@ -84,7 +84,7 @@ def _odd(record: Mapping[str, Any]) -> list[str]:
 
 def _options(record: Mapping[str, Any], moved: Mapping[str, Any]) -> Namespace:
     """The options of a drawing script that open what a picture was drawn with."""
-    none = dict.fromkeys(INPUTS) | {"lora": [], "textual_inversion": []}
+    none = dict.fromkeys(INPUTS) | {"lora": [], "textual_inversion": [], "engine": "plain"}
     inputs = none | record["inputs"]
     for name, value in moved.items():
         then = inputs.get(name, value)

@@ -6,7 +6,6 @@ from torch import nn
 from ldm.config import AutoencoderConfig, ClipConfig, ScheduleConfig, TowerConfig, UNetConfig
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.text_encoder import TextEncoder, TransformersTower
 from ldm.models.unet import UNet
 from ldm.pipeline import LatentDiffusionPipeline
 
@@ -46,6 +45,7 @@ def randomize(module: nn.Module) -> None:
 
 def make_pipeline(schedule: ScheduleConfig | None = None) -> LatentDiffusionPipeline:
     """A model of the same random weights every time, its progress bar off."""
+    from clips import our_encoder
     from transformers import CLIPModel
 
     from ldm.checkpoint.tokenizer import clip_tokenizer
@@ -61,7 +61,7 @@ def make_pipeline(schedule: ScheduleConfig | None = None) -> LatentDiffusionPipe
     pipeline = LatentDiffusionPipeline(
         unet.eval(),
         vae.eval(),
-        TextEncoder(TransformersTower(clip.text_model, clip_tokenizer(CLIP.vocab_size))),
+        our_encoder(clip.text_model, clip_tokenizer(CLIP.vocab_size)),
         NoiseSchedule(schedule or ScheduleConfig()),
         defaults={"num_inference_steps": 4, "guidance_scale": 3.0},
     )

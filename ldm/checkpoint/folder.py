@@ -10,19 +10,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import UnionType
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Literal,
-    NamedTuple,
-    TypeVar,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -33,20 +24,20 @@ from ldm.checkpoint.io import (
     load_weights,
     read_json,
     read_tensors,
+    without_weights,
     write_json,
     write_tensors,
 )
 from ldm.checkpoint.locate import MAX_LEVELS
 from ldm.checkpoint.names import UNET_PREFIX, below, unet_to_ours, unet_to_theirs
+from ldm.checkpoint.tokenizer import read_tokenizer, write_tokenizer
 from ldm.config import TIMESTEP_SPACINGS, AutoencoderConfig, ScheduleConfig, UNetConfig, Variance
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import CheckpointError, ConfigError
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.text_encoder import TextEncoder, TransformersTower
+from ldm.models.clip import ClipTextConfig, ClipTextModel, ClipTokenizer
+from ldm.models.text_encoder import ClipTower, TextEncoder
 from ldm.models.unet import UNet
-
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
 
 Model = TypeVar("Model", bound=nn.Module)
 Config = TypeVar("Config")
@@ -100,24 +91,6 @@ VAE_FIXED = {
 # What a file may ask for before any weight has been compared with it.
 AT_MOST = {"layers_per_block": 64, "transformer_layers_per_block": 64, "num_hidden_layers": 64}
 MAX_NUMBER = 10**6
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """All that transformers' CLIPTextConfig is told of a file's: what else stands there is not."""
-
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    projection_dim: int = 512
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    pad_token_id: int = 1
-    bos_token_id: int = 49406
-    eos_token_id: int = 49407
 
 
 class ModelParts(NamedTuple):
@@ -400,8 +373,6 @@ def load_text_encoder(
     Raises:
         CheckpointError: a file is missing or damaged, or does not fit its config.json.
     """
-    from transformers import CLIPTokenizer
-
     for part, names in (
         ("text_encoder", ("config.json",)),
         ("tokenizer", ("tokenizer.json", "vocab.json")),
@@ -411,47 +382,40 @@ def load_text_encoder(
             raise CheckpointError(
                 f"no file {folder / part / wanted}; is {folder} a whole model folder?"
             )
-    config = read_json(folder / "text_encoder" / "config.json")
-    _refuse_other(config, {"model_type": "clip_text_model"}, folder / "text_encoder")
-    try:
-        words = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except Exception as error:  # transformers raises many kinds; all mean the files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder}: {reason}") from error
-    stored = _read_weights(folder / "text_encoder", "model", variant)
-    # transformers 5 writes no prefix; the positions were a tensor before it
-    weights = {k.removeprefix("text_model."): v for k, v in stored.items()}
-    weights.pop("embeddings.position_ids", None)
+    stored = read_json(folder / "text_encoder" / "config.json")
     where = folder / "text_encoder"
-    return make_text_encoder(read_config(TextConfig, config, where), weights, words, where, dtype)
+    _refuse_other(stored, {"model_type": "clip_text_model"}, where)
+    config = read_config(ClipTextConfig, stored, where)
+    tokenizer = read_tokenizer(folder / "tokenizer", config.max_position_embeddings)
+    tensors = _read_weights(where, "model", variant)
+    # transformers 5 writes no prefix; the positions were a tensor before it
+    weights = {k.removeprefix("text_model."): v for k, v in tensors.items()}
+    weights.pop("embeddings.position_ids", None)
+    return make_text_encoder(config, weights, tokenizer, where, dtype)
 
 
 def make_text_encoder(
-    config: TextConfig,
+    config: ClipTextConfig,
     weights: Mapping[str, Tensor],
-    tokenizer: CLIPTokenizer,
+    tokenizer: ClipTokenizer,
     where: Path,
     dtype: torch.dtype | None = None,
 ) -> TextEncoder:
     """A text encoder of exactly these weights, by transformers' names without a prefix.
 
     Raises:
-        CheckpointError: there is no such text encoder, or keys are missing, unexpected or of
-            another shape.
+        CheckpointError: keys are missing, unexpected or of another shape, or the tokenizer has
+            words that the text encoder has not.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    try:
-        with torch.device("meta"):
-            options: dict[str, Any] = {**asdict(config), "attn_implementation": "sdpa"}
-            model = CLIPTextModel(CLIPTextConfig(**options))
-    except Exception as error:  # transformers raises many kinds; all mean the configuration
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{where}: no text encoder is of this shape ({reason})") from None
+    if (words := tokenizer.bpe.get_vocab_size()) > config.vocab_size:
+        raise CheckpointError(
+            f"{where}: the tokenizer's word {tokenizer.bpe.id_to_token(words - 1)!r} is none of the"
+            f" text encoder's {config.vocab_size}"
+        )
+    with without_weights():
+        model = ClipTextModel(config)
     load_weights(model, weights, where, dtype=dtype)
-    positions = torch.arange(config.max_position_embeddings)[None]
-    model.embeddings.position_ids = nn.Buffer(positions, persistent=False)  # in no file
-    return TextEncoder(TransformersTower(model, tokenizer))
+    return TextEncoder(ClipTower(model, tokenizer))
 
 
 def save_text_encoder(text_encoder: TextEncoder, folder: Path, tokenizer_folder: Path) -> None:
@@ -461,18 +425,20 @@ def save_text_encoder(text_encoder: TextEncoder, folder: Path, tokenizer_folder:
         ConfigError: it has embeddings, which the layout has no place for.
         CheckpointError: the tower is open_clip's, which has no such layout.
     """
-    tower = transformers_tower(text_encoder)
+    tower = storable_tower(text_encoder)
     # transformers 5 left the prefix out of its own files; it reads both, other tools only this
     weights = {f"text_model.{k}": v.cpu() for k, v in tower.model.state_dict().items()}
+    config = asdict(tower.model.config) | {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "dtype": str(tower.table.weight.dtype).removeprefix("torch."),
+    }
+    write_json(folder / "config.json", config)
     write_tensors(folder / "model.safetensors", weights)
-    tower.model.config.architectures = ["CLIPTextModel"]
-    tower.model.config.save_pretrained(folder)
-    tower.tokenizer.save_pretrained(tokenizer_folder)
-    # vocab.json and merges.txt, from before tokenizer.json
-    tower.tokenizer.backend_tokenizer.model.save(str(tokenizer_folder))
+    write_tokenizer(tower.tokenizer, tokenizer_folder)
 
 
-def transformers_tower(text_encoder: TextEncoder) -> TransformersTower:
+def storable_tower(text_encoder: TextEncoder) -> ClipTower:
     """The tower that can be written to a file.
 
     Raises:
@@ -484,7 +450,7 @@ def transformers_tower(text_encoder: TextEncoder) -> TransformersTower:
             f"text encoder: {', '.join(text_encoder.embeddings)} cannot be saved with the model,"
             " for they are files of their own; call remove_embeddings() first"
         )
-    if not isinstance(text_encoder.tower, TransformersTower):
+    if not isinstance(text_encoder.tower, ClipTower):
         raise CheckpointError(
             "an open_clip text encoder has no file format of its own; open the model's text_encoder"
             " folder and save that"
@@ -506,7 +472,7 @@ def _load(
     variant: str | None,
     rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> Model:
-    with torch.device("meta"):  # no time spent on weights about to be replaced
+    with without_weights():
         model = build()
     load_weights(model, rename(_read_weights(folder, WEIGHTS, variant)), folder, dtype=dtype)
     return model.eval()

@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint.locate import check_kind
 from ldm.errors import CheckpointError
@@ -256,6 +257,27 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(text + "\n", encoding="utf-8")
 
 
+class _LeftUnfilled(TorchFunctionMode):
+    """Makes the functions of `torch.nn.init` do nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules made in it have no numbers: `load_weights` gives them theirs, without a copy.
+
+    Neither memory nor time goes into numbers about to be replaced; on the meta device alone, some
+    initialisations import torch's compiler, which takes longer than all the rest.
+    """
+    with torch.device("meta"), _LeftUnfilled():
+        yield
+
+
 def load_weights(
     module: nn.Module,
     tensors: Mapping[str, Tensor],
@@ -267,7 +289,7 @@ def load_weights(
     """Give a module exactly these weights.
 
     Args:
-        module: on any device; with `assign`, on the meta device too.
+        module: on any device; with `assign`, one made `without_weights`, too.
         tensors: by the module's own names.
         where: the file, for the error line.
         assign: make the tensors the module's parameters; else copy their numbers.

@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,16 +30,16 @@ from torch import Tensor
 from ldm.checkpoint.folder import (
     MAX_NUMBER,
     ModelParts,
-    TextConfig,
     make_text_encoder,
     read_config,
-    transformers_tower,
+    storable_tower,
 )
 from ldm.checkpoint.io import (
     atomic_file,
     load_weights,
     read_ckpt,
     read_tensors,
+    without_weights,
     write_tensors,
 )
 from ldm.checkpoint.locate import safetensors_header
@@ -63,11 +63,9 @@ from ldm.config import AutoencoderConfig, Prediction, ScheduleConfig, UNetConfig
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import CheckpointError, ConfigError
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.clip import ClipTextConfig, ClipTokenizer
 from ldm.models.text_encoder import TextEncoder
 from ldm.models.unet import UNet
-
-if TYPE_CHECKING:
-    from transformers import CLIPTextConfig, CLIPTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +181,7 @@ def save_single_file(parts: ModelParts, file: str | Path) -> None:
         CheckpointError: the text encoder is open_clip's own.
     """
     file, left = Path(file), parts.left_over
-    tower = transformers_tower(parts.text_encoder)
+    tower = storable_tower(parts.text_encoder)
     text, words = tower.model.config, tower.tokenizer
     _check_vocabulary(words, text)
     weights = parts.unet.state_dict()
@@ -209,8 +207,8 @@ def save_single_file(parts: ModelParts, file: str | Path) -> None:
         "unet": asdict(parts.unet.config),
         "vae": asdict(parts.vae.config),
         "schedule": asdict(parts.schedule.config),
-        "text_encoder": text.to_diff_dict(),
-        "pad_token": words.pad_token,
+        "text_encoder": asdict(text),
+        "pad_token": words.bpe.id_to_token(words.padding),
         "defaults": dict(parts.defaults),
     }
     with atomic_file(file) as temporary:
@@ -299,7 +297,7 @@ def _assemble(
         heads = _heads(options, width, file)
         size = {"sample_size": 96 if v else 64, "upcast_attention": v}
         configs["unet"] = _unet_config(weights, **size, **heads)
-    with torch.device("meta"):
+    with without_weights():
         unet = UNet(configs["unet"])
     load_weights(unet, weights, file, dtype=dtype)
 
@@ -309,7 +307,7 @@ def _assemble(
     if "vae" not in configs:
         scale = {"scaling_factor": options.get("scale_factor", 0.18215)}
         configs["vae"] = _vae_config(weights, sample_size=768 if v else 512, **scale)
-    with torch.device("meta"):
+    with without_weights():
         vae = AutoencoderKL(configs["vae"])
     load_weights(vae, weights, file, dtype=dtype)
 
@@ -327,8 +325,8 @@ def _text_encoder(
     dtype: torch.dtype | None,
     file: Path,
 ) -> TextEncoder:
-    """transformers' CLIP, of either dialect; layers that it does not use are added to `left`."""
-    config: TextConfig | None = configs.get("text_encoder")
+    """The text encoder, of either dialect; layers that it does not use are added to `left`."""
+    config: ClipTextConfig | None = configs.get("text_encoder")
     fused = {
         n: t
         for n, t in below(OPEN_CLIP_PREFIX, tensors).items()
@@ -355,7 +353,7 @@ def _text_encoder(
         vocab_size, width = weights["embeddings.token_embedding.weight"].shape
         if width % 64:
             raise CheckpointError(f"{file} has a text encoder of width {width}, which is no CLIP's")
-        config = TextConfig(
+        config = ClipTextConfig(
             vocab_size=vocab_size,
             hidden_size=width,
             intermediate_size=len(weights["encoder.layers.0.mlp.fc1.weight"]),
@@ -372,8 +370,6 @@ def _text_encoder(
         raise CheckpointError(f"{file} has a vocabulary of {config.vocab_size}, which is no CLIP's")
     pad_token = configs.get("pad_token", "!" if fused else END)
     words = clip_tokenizer(config.vocab_size, config.max_position_embeddings, pad_token)
-    if len(words) > config.vocab_size:
-        raise CheckpointError(f"{file} has a pad_token, {pad_token!r}, that is no word of CLIP's")
     return make_text_encoder(config, weights, words, file, dtype)
 
 
@@ -524,7 +520,7 @@ def _stored(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
             "unet": UNetConfig,
             "vae": AutoencoderConfig,
             "schedule": ScheduleConfig,
-            "text_encoder": TextConfig,
+            "text_encoder": ClipTextConfig,
         }
         for name, kind in kinds.items():
             stored[name] = read_config(kind, stored[name], f"{file}: ldm's metadata")
@@ -550,10 +546,10 @@ def _modelspec(parts: ModelParts, title: str) -> dict[str, str]:
     return spec
 
 
-def _check_vocabulary(words: CLIPTokenizer, config: CLIPTextConfig) -> None:
+def _check_vocabulary(words: ClipTokenizer, config: ClipTextConfig) -> None:
     """A single file holds no vocabulary: the tools that open it take CLIP's own."""
-    known = clip_tokenizer(config.vocab_size, config.max_position_embeddings)
-    own, clips = (json.loads(w.backend_tokenizer.to_str())["model"] for w in (words, known))
+    known = clip_tokenizer(config.vocab_size)
+    own, clips = (json.loads(w.bpe.to_str())["model"] for w in (words, known))
     if any(own[key] != clips[key] for key in ("vocab", "merges")):
         raise ConfigError(
             "the text encoder's vocabulary is not CLIP's own, which is what single files are read"

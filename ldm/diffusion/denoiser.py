@@ -16,7 +16,9 @@ from ldm.diffusion.prediction import to_x0
 from ldm.diffusion.schedule import NoiseSchedule, per_sample
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t: b c h w at the VP scale, t: b real timesteps, context: b n d) -> prediction: b c h w."""
+"""(x_t: b c h w at the VP scale, t: b real timesteps, context: k*b n d) -> prediction: k*b c h w.
+
+With k contexts a picture, first the first of each, the network sees each picture with each."""
 
 DenoiseFn = Callable[[Tensor, Tensor], Tensor]
 """(x: b c h w in sigma space, sigma: b) -> x0: b c h w."""
@@ -82,7 +84,10 @@ class Denoiser:
         return self.to_x0(self.network_output(x, sigma, context), x, sigma)
 
     def network_output(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
-        """What the network itself returns for x, in x's dtype. Arguments as `__call__`."""
+        """What the network itself returns for x, in x's dtype. Arguments as `__call__`.
+
+        With k contexts a picture, `k*b n d`, there are as many results, `k*b c h w`.
+        """
         alpha, _ = _rates(sigma, x)
         t = self.schedule.sigma_to_t(sigma).to(torch.float32)  # b
         t = t.to(x.device, non_blocking=True)

@@ -57,7 +57,7 @@ def guided(
         if not inside.any():
             return denoiser(x, sigma, context)
         scales = per_sample(torch.where(inside, scale, 1.0), x)  # b 1 1 1
-        output = denoiser.network_output(torch.cat([x, x]), sigma.repeat(2), both)  # 2b c h w
+        output = denoiser.network_output(x, sigma, both)  # 2b c h w
         uncond, cond = output.chunk(2)  # b c h w
         output = uncond + scales * (cond - uncond)
         if rescale:

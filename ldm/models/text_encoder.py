@@ -11,18 +11,16 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from itertools import accumulate
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ldm.config import LongPrompts
 from ldm.errors import CheckpointError, ConfigError, suggest
+from ldm.models.clip import ClipTextModel, ClipTokenizer, cut
 from ldm.prompts import BACKTRACK, Token, parse_weights, split_chunks
-
-if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
 
 
 class TextEncoder(nn.Module):
@@ -36,7 +34,7 @@ class TextEncoder(nn.Module):
         embeddings: the words that `add_embeddings` taught it, and how many vectors each has.
     """
 
-    def __init__(self, tower: TransformersTower | OpenClipTower, skip: int = 0):
+    def __init__(self, tower: ClipTower | OpenClipTower, skip: int = 0):
         super().__init__()
         self.tower = tower
         self.skip = skip
@@ -316,50 +314,38 @@ class TextEncoder(nn.Module):
         return weighted.to(states.dtype)  # n d
 
 
-class TransformersTower(nn.Module):
-    """The text tower of transformers' CLIP, with its tokenizer."""
+class ClipTower(nn.Module):
+    """Our own text tower, with its tokenizer: what models are stored with."""
 
-    def __init__(self, model: CLIPTextModel, tokenizer: CLIPTokenizer):
+    def __init__(self, model: ClipTextModel, tokenizer: ClipTokenizer):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self.dim: int = model.config.hidden_size
-        self.layers: int = model.config.num_hidden_layers
-        # a tokenizer without a limit of its own claims 10**30
-        self.max_tokens = min(tokenizer.model_max_length, model.config.max_position_embeddings)
-        tokenizer.model_max_length = self.max_tokens
-        # the padding is the end token in SD 1.x, "!" in 2.x
-        self.start, self.end = tokenizer.bos_token_id, tokenizer.eos_token_id
-        self.padding = tokenizer.pad_token_id
+        self.dim = model.config.hidden_size
+        self.layers = model.config.num_hidden_layers
+        self.max_tokens, self.padding = tokenizer.max_tokens, tokenizer.padding
+        self.start, self.end = tokenizer.start, tokenizer.end
 
     @property
     def table(self) -> nn.Embedding:
         """A row `d` for every token."""
-        return self.model.embeddings.token_embedding
+        return self.model.embeddings["token_embedding"]  # type: ignore[return-value]
 
     def settings(self) -> dict[str, Any]:
         """See `TextEncoder.settings`."""
         names = ("num_attention_heads", "hidden_act", "layer_norm_eps")
-        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        tokenizer = json.loads(self.tokenizer.bpe.to_str())
         parts = ("model", "added_tokens", "normalizer", "pre_tokenizer")
         own = {name: getattr(self.model.config, name) for name in names}
         return own | {"tokenizer": [tokenizer[part] for part in parts]}
 
     def tokenize(self, text: str) -> list[tuple[int, str]]:
-        """Token numbers, each with the part of the text that it stands for and spaces after it."""
-        encoded = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        starts = [start for start, _ in encoded["offset_mapping"]]
-        return list(zip(encoded["input_ids"], _cut(text, starts), strict=True))
+        """See `ClipTokenizer.tokenize`."""
+        return self.tokenizer.tokenize(text)
 
     def states(self, token_ids: Tensor, skip: int) -> Tensor:
         """Hidden states `b n d` of the layer `skip` before the last, normalised."""
-        # no attention mask: Stable Diffusion's prompts attend to their padding
-        if skip == 0:
-            return self.model(token_ids).last_hidden_state  # b n d
-        hidden = self.model(token_ids, output_hidden_states=True).hidden_states
-        return self.model.final_layer_norm(hidden[-(skip + 1)])  # b n d
+        return self.model(token_ids, skip)
 
 
 class OpenClipTower(nn.Module):
@@ -411,7 +397,7 @@ class OpenClipTower(nn.Module):
         sizes = [len(self.tokenizer.decoder[i].removesuffix("</w>")) for i in ids]
         places = [i for i, letter in enumerate(text) for _ in letter.encode() if letter != " "]
         starts = [places[end - size] for size, end in zip(sizes, accumulate(sizes), strict=True)]
-        return list(zip(ids, _cut(text, starts), strict=True))
+        return list(zip(ids, cut(text, starts), strict=True))
 
     def states(self, token_ids: Tensor, skip: int) -> Tensor:
         """Hidden states `b n d` of the layer `skip` before the last, normalised."""
@@ -429,11 +415,6 @@ class OpenClipTower(nn.Module):
 def _composed(text: str) -> str:
     """Letters and their marks as one character each, as both tokenizers see them."""
     return unicodedata.normalize("NFC", text)
-
-
-def _cut(text: str, starts: list[int]) -> list[str]:
-    """The parts of a text that begin at `starts`, the first with all before it."""
-    return [text[a:b] for a, b in pairwise([0, *starts[1:], len(text)])] if starts else []
 
 
 def _first_line(error: Exception) -> str:

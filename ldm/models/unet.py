@@ -89,13 +89,18 @@ class UNet(Recomputing):
         Args:
             x: scaled noisy latents `b c h w`, of any height and width.
             t: timesteps in [0, T), integers or floats: `b`, or one without a dimension for all.
-            context: text embeddings `b n d`.
-            class_labels: rows of the table of classes `b`, integers; the last, no class, for None.
+            context: text embeddings `b n d`; or `k*b n d`, k for each picture, first the first of
+                each: guidance compares two.
+            class_labels: rows of the table of classes, one a context, integers; the last, no class,
+                for None.
 
         Returns:
-            `b out_channels h w`: epsilon, v or x0, as the model was trained.
+            `k*b out_channels h w`: epsilon, v or x0, as the model was trained.
         """
-        emb = timestep_embedding(t.to(x.device).expand(len(x)), self.conv_in.out_channels)  # b c
+        t = t.to(x.device).expand(len(x))
+        if (k := len(context) // len(x)) > 1:
+            x, t = x.repeat(k, 1, 1, 1), t.repeat(k)
+        emb = timestep_embedding(t, self.conv_in.out_channels)  # b c
         emb = self.time_embedding(emb.to(x.dtype))  # b e
         if self.class_embedding is not None:
             table, labels = self.class_embedding, class_labels

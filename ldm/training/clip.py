@@ -7,7 +7,6 @@ Legend: b batch, n tokens of a caption, d width of the shared space, g global ba
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +17,11 @@ import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint.folder import save_text_encoder
-from ldm.checkpoint.tokenizer import clip_tokenizer
+from ldm.checkpoint.folder import make_text_encoder, read_config, save_text_encoder
+from ldm.checkpoint.tokenizer import clip_tokenizer, write_tokenizer
 from ldm.config import ClipConfig, TowerConfig
 from ldm.data.sample import DataSource
-from ldm.models.text_encoder import TextEncoder, TransformersTower
+from ldm.models.clip import ClipTextConfig
 from ldm.training.config import ClipTraining
 from ldm.training.samples import Batch
 from ldm.training.stage import Captioned, Stage
@@ -89,11 +88,12 @@ class ClipStage(Stage):
         """Write `clip/` (both towers), and `text_encoder/` and `tokenizer/` for the U-Net stage."""
         from transformers import CLIPImageProcessor
 
-        # A copy, because a TextEncoder freezes its tower, and this one is being trained.
-        tower = TransformersTower(deepcopy(self.clip.text_model), self.tokenizer)
-        save_text_encoder(TextEncoder(tower), folder / "text_encoder", folder / "tokenizer")
+        text, where = self.clip.text_model, folder / "text_encoder"
+        config = read_config(ClipTextConfig, text.config.to_dict(), where)
+        encoder = make_text_encoder(config, text.state_dict(), self.tokenizer, where)
+        save_text_encoder(encoder, where, folder / "tokenizer")
         self.clip.save_pretrained(folder / "clip")
-        self.tokenizer.save_pretrained(folder / "clip")
+        write_tokenizer(self.tokenizer, folder / "clip")
         size = self.config.clip.image_size
         CLIPImageProcessor(
             size={"shortest_edge": size}, crop_size=size, image_mean=list(MEAN), image_std=list(STD)
@@ -102,13 +102,8 @@ class ClipStage(Stage):
     def _embed(self, clip: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Unit vectors of pictures and of captions, b d each, and the scale of their logits."""
         pixels = ((batch["pixels"] + 1) / 2 - self.mean) / self.std  # b 3 h w
-        tokens = self.tokenizer(
-            batch["caption"],
-            padding="longest",  # what follows the end token changes nothing before it
-            max_length=self.config.clip.max_position_embeddings,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids.to(pixels.device)  # b n
+        # padded to the longest, for what follows the end token changes nothing before it
+        tokens = self.tokenizer.rows(batch["caption"]).to(pixels.device)  # b n
         output = clip(input_ids=tokens, pixel_values=pixels)
         scale = self.clip.logit_scale.exp()
         return output.image_embeds.to(pixels.dtype), output.text_embeds.to(pixels.dtype), scale

@@ -147,8 +147,8 @@ def _read_headers(report: Report, data: DataSource, config: TrainingConfig, run:
                 " and will be enlarged, which teaches blur: choose a lower --resolution"
             )
     if captions and (tokenizer := run.stage.tokenizer):
-        lengths = [len(ids) for ids in tokenizer(captions, verbose=False).input_ids]
-        limit = tokenizer.model_max_length
+        lengths = [len(tokenizer.tokenize(caption)) + 2 for caption in captions]
+        limit = tokenizer.max_tokens
         over = sum(length > limit for length in lengths)
         report.lines.append(
             f"captions: {max(lengths)} tokens at most, {over} over {limit},"

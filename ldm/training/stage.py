@@ -32,7 +32,7 @@ class Stage(ABC):
         players: the trained modules by name, each with an optimizer of its own. In every step they
             take turns in this order (a GAN has two).
         averaged: the players whose weights are averaged: those that the model is made of.
-        tokenizer: transformers', where captions are read.
+        tokenizer: the text tower's, where captions are read.
     """
 
     players: dict[str, nn.Module]

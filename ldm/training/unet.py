@@ -282,7 +282,7 @@ class UNetStage(Stage):
             "num_inference_steps": self.config.num_inference_steps,
         }
         return LatentDiffusionPipeline(
-            unet, self.vae, self.text_encoder, self.schedule, defaults=defaults
+            unet, self.vae, self.text_encoder, self.schedule, defaults=defaults, engine="plain"
         )
 
     def _check(self) -> None:

@@ -80,7 +80,7 @@ def few(tiny_model_folder, tmp_path) -> Callable:
 def launch(launcher: str, words: list[str]) -> subprocess.Popen:
     """Two processes, whose lines open with which of them it was."""
     module, *options = LAUNCHERS[launcher]
-    script = [str(ROOT / "scripts" / "txt2img.py"), *words, "--device", "cpu"]
+    script = [str(ROOT / "scripts" / "txt2img.py"), *words, "--device", "cpu", "--dtype", "fp32"]
     threads = str(torch.get_num_threads())  # another number may add up in another order
     return subprocess.Popen(
         [sys.executable, "-m", module, *options, "--tee", "3", *script],

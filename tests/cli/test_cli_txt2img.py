@@ -229,6 +229,23 @@ def test_the_record_says_what_drew_it(txt2img, tiny_pipeline, tmp_path):
     assert "dropped" not in (records[0] or {})
 
 
+@pytest.mark.parametrize(("amx", "dtype"), [(False, "fp32"), (True, "bf16")])
+def test_the_dtype_is_the_faster_one_of_the_processor(txt2img, monkeypatch, capsys, amx, dtype):
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    chosen, asked = (
+        read_record(txt2img("a", "--steps", 1, "--device", "cpu", *words)[-1])["dtype"]
+        for words in ((), ("--dtype", "fp16"))
+    )
+    assert (chosen, asked) == (dtype, "fp16")
+    assert f"computing in {dtype}; --dtype decides otherwise" in capsys.readouterr().err
+
+
+def test_the_engine_is_recorded(txt2img):
+    words = ("a", "--steps", 2, "--seed", 3)
+    records = [read_record(txt2img(*words, "--engine", e)[-1]) for e in ("plain", "fast")]
+    assert [record["inputs"]["engine"] for record in records] == ["plain", "fast"]
+
+
 def test_settings_from_our_picture(txt2img, tmp_path, capsys):
     words = ["a (red:1.3) flower", "--negative_prompt", "grey", "--steps", 2, "--sampler", "ddim"]
     words += ["--eta", 0.5, "--scale", 2, "--guidance_interval", 0.2, 9, "--guidance_rescale", 0.3]

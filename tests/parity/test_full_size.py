@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm.checkpoint.folder import ModelParts, load_folder, save_folder
 from ldm.checkpoint.io import read_tensors
@@ -19,14 +18,15 @@ from ldm.checkpoint.tokenizer import END, clip_tokenizer
 from ldm.config import PRESETS
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.text_encoder import TextEncoder, TransformersTower
+from ldm.models.clip import ClipTextConfig, ClipTextModel
+from ldm.models.text_encoder import ClipTower, TextEncoder
 from ldm.models.unet import UNet
 
 TEXT = {
-    "sd15": CLIPTextConfig(
+    "sd15": ClipTextConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
     ),
-    "sd21-v": CLIPTextConfig(
+    "sd21-v": ClipTextConfig(
         hidden_size=1024,
         intermediate_size=4096,
         num_hidden_layers=23,
@@ -59,9 +59,9 @@ def make(name, dtype):
     else:
         left[OPEN_CLIP_PREFIX + "text_projection"] = torch.randn(1024, 1024)
         left[OPEN_CLIP_PREFIX + "logit_scale"] = torch.tensor(4.6)
-    tower = filled(lambda: CLIPTextModel(TEXT[name]), dtype)
+    tower = filled(lambda: ClipTextModel(TEXT[name]), dtype)
     words = clip_tokenizer(pad_token=END if name == "sd15" else "!")
-    text_encoder = TextEncoder(TransformersTower(tower, words))
+    text_encoder = TextEncoder(ClipTower(tower, words))
     vae = filled(lambda: AutoencoderKL(preset.vae), dtype)
     return ModelParts(unet, vae, text_encoder, schedule, {}, left)
 

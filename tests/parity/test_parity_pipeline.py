@@ -9,6 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from clips import their_tokenizer
 from tiny import CLIP, make_pipeline, randomize
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -144,7 +145,7 @@ def diffusers_pipeline():
     return diffusers.StableDiffusionPipeline(
         vae,
         tower,
-        clip_tokenizer(CLIP.vocab_size),
+        their_tokenizer(clip_tokenizer(CLIP.vocab_size)),
         unet,
         diffusers.DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1),
         None,

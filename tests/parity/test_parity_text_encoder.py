@@ -12,6 +12,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from clips import their_tokenizer, their_tower
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -171,8 +172,8 @@ def test_saved_folders_open_in_diffusers(encoder: TextEncoder, tmp_path: Path) -
     )
     StableDiffusionPipeline(
         vae=AutoencoderKL(block_out_channels=(32,)),
-        text_encoder=encoder.tower.model,
-        tokenizer=encoder.tower.tokenizer,
+        text_encoder=their_tower(encoder.tower.model),
+        tokenizer=their_tokenizer(encoder.tower.tokenizer),
         unet=unet,
         scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from clips import their_tower
 from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -39,7 +40,7 @@ def reference_loss(unet, stage, batch):
         x0 = posterior.mean + (posterior.logvar / 2).exp() * batch["posterior_noise"]
         x0 = x0 * stage.vae.config.scaling_factor
         ids = stage.text_encoder.token_ids(batch["caption"])
-        context = stage.text_encoder.tower.model(ids).last_hidden_state
+        context = their_tower(stage.text_encoder.tower.model)(ids).last_hidden_state
     x_t = scheduler.add_noise(x0, batch["noise"], batch["t"])
     return F.mse_loss(unet(x_t, batch["t"], context), batch["noise"])
 

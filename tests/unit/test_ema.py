@@ -3,7 +3,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from ldm.training.ema import EMA
+from ldm.training.ema import EMA, _fused, _lerp
 
 
 def steps(module, count):
@@ -88,3 +88,22 @@ def test_a_skipped_step_leaves_no_trace(step):
         assert torch.equal(averages[0].average[name], tensor)
         assert torch.equal(averages[1].average[name], averages[2].average[name])
         assert not torch.equal(averages[2].average[name], tensor)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.1, 1e-4])
+@pytest.mark.parametrize("skip", [None, 0.0, 1.0])
+def test_the_kernel_of_a_gpu_does_what_that_of_a_cpu_does(share, skip):
+    torch.manual_seed(0)
+    weights = [torch.randn(30, 7), torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)]
+    before = [torch.randn_like(tensor) for tensor in weights]
+    skip = None if skip is None else torch.tensor(skip)
+    results = []
+    for move in (_lerp, _fused):
+        average = [tensor.clone() for tensor in before]
+        move(average, [tensor.clone() for tensor in weights], share, skip)
+        results.append(average)
+    for one, other, old, weight in zip(*results, before, weights, strict=True):
+        expected = old.double() + (0 if skip == 1 else share) * (weight.double() - old.double())
+        torch.testing.assert_close(one.double(), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(other.double(), expected, rtol=1e-6, atol=1e-6)
+        assert skip != 1 or (torch.equal(one, old) and torch.equal(other, old))

@@ -21,7 +21,9 @@ class Network:
         self.calls = []
 
     def __call__(self, x, t, context):
-        self.calls.append(len(x))
+        self.calls.append(len(context))
+        k = len(context) // len(x)  # contexts a picture
+        x, t = x.repeat(k, 1, 1, 1), t.repeat(k)
         shift = context.mean((1, 2)).reshape(-1, 1, 1, 1)
         return torch.tanh(x + shift) * (1 + t.reshape(-1, 1, 1, 1) / 1000) + 0.3 * shift
 

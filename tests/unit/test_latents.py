@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tokenizers.normalizers import Lowercase
 from torch import Tensor
 
 from ldm.data import latents
@@ -242,8 +243,10 @@ def test_the_key_names_what_has_changed(tiny_pipeline):
     for change in (
         lambda text: setattr(text, "skip", 1),
         lambda text: setattr(text.tower, "padding", 0),
-        lambda text: setattr(text.tower.model.config, "hidden_act", "gelu"),
-        lambda text: setattr(text.tower.tokenizer.backend_tokenizer, "normalizer", None),
+        lambda text: setattr(
+            text.tower.model, "config", replace(text.tower.model.config, hidden_act="gelu")
+        ),
+        lambda text: setattr(text.tower.tokenizer.bpe, "normalizer", Lowercase()),
     ):
         other = deepcopy(text)
         change(other)

@@ -239,7 +239,7 @@ def test_guidance_closed_form(tiny_pipeline, monkeypatch, scale):
     schedule, unet = tiny_pipeline.schedule, tiny_pipeline.unet
     widths, network = [], unet.forward
     monkeypatch.setattr(
-        unet, "forward", lambda x, *rest: (widths.append(len(x)), network(x, *rest))[1]
+        unet, "forward", lambda x, t, c, *rest: (widths.append(len(c)), network(x, t, c, *rest))[1]
     )
     x0, _ = draw(
         tiny_pipeline,

@@ -157,11 +157,10 @@ def test_an_inpainting_model_sees_mask_and_masked_image(inpainting_pipeline, mon
     with torch.no_grad():
         pixels = torch.from_numpy(hidden).permute(2, 0, 1)[None].float()
         latents = pipe.vae.scale(pipe.vae.encode(pixels).mode())[0]
-    assert len(seen) == STEPS and all(x.shape == (4, 9, 8, 8) for x in seen)
-    for x in seen:  # both halves of guidance, two pictures each
-        assert torch.equal(x[:, 4], torch.tensor([0.0] * 2 + [1.0] * 6).expand(4, 8, 8))
+    assert len(seen) == STEPS and all(x.shape == (2, 9, 8, 8) for x in seen)
+    for x in seen:  # two pictures, for both halves of guidance
+        assert torch.equal(x[:, 4], torch.tensor([0.0] * 2 + [1.0] * 6).expand(2, 8, 8))
         torch.testing.assert_close(x[0, 5:], latents)
-        torch.testing.assert_close(x[2, 5:], latents)
         assert (x[1, 5:] - latents).abs().max() > 0.1
 
 
@@ -380,7 +379,7 @@ def test_latents_that_are_not_finite_are_refused(tiny_pipeline):
 def test_offloaded_parts_are_on_the_device_while_they_work(tiny_pipeline, monkeypatch):
     pipe = make_pipeline()
     expected = draw(tiny_pipeline, image=PHOTO)
-    pipe.enable_model_cpu_offload("cpu")
+    pipe.enable_model_cpu_offload("cpu")  # where the plain networks compute
     names = {id(pipe.unet): "unet", id(pipe.vae): "vae", id(pipe.text_encoder): "text"}
     moves, move = [], torch.nn.Module.to
 
@@ -391,7 +390,7 @@ def test_offloaded_parts_are_on_the_device_while_they_work(tiny_pipeline, monkey
 
     monkeypatch.setattr(torch.nn.Module, "to", spy)
     pipe._offload = torch.device("cpu", 0)  # the same place under a name of its own
-    assert torch.equal(draw(pipe, image=PHOTO), expected)
+    torch.testing.assert_close(draw(pipe, image=PHOTO), expected, rtol=0, atol=1e-4)
     there, back = "cpu:0", "cpu"
     assert [m for m in moves if m[0] == "unet"] == [("unet", there), ("unet", back)]
     assert moves[::2] == [(name, there) for name, _ in moves[::2]]

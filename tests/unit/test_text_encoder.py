@@ -8,15 +8,17 @@ from functools import cache
 
 import pytest
 import torch
+from clips import their_tokenizer, their_tower
 from diffusers.loaders import TextualInversionLoaderMixin
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import TextTransformer
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
 from ldm.checkpoint.tokenizer import clip_tokenizer
 from ldm.errors import ConfigError
-from ldm.models.text_encoder import OpenClipTower, TextEncoder, TransformersTower
+from ldm.models.clip import ClipTextConfig, ClipTextModel
+from ldm.models.text_encoder import ClipTower, OpenClipTower, TextEncoder
 
 START, END, VOCABULARY, WIDTH = 49406, 49407, 49408, 16
 SCRIPTS = {
@@ -37,18 +39,16 @@ scripts = pytest.mark.parametrize("text", SCRIPTS.values(), ids=SCRIPTS.keys())
 def make(kind: str, length: int) -> TextEncoder:
     """Full vocabulary, `length` tokens, padding with zeros, random weights, a mean of about 0.3."""
     torch.manual_seed(0)
-    if kind == "transformers":
-        config = CLIPTextConfig(
+    if kind == "own":
+        config = ClipTextConfig(
             hidden_size=WIDTH,
             intermediate_size=32,
             num_hidden_layers=3,
             num_attention_heads=2,
             max_position_embeddings=length,
-            bos_token_id=START,
-            eos_token_id=END,
         )
-        model = CLIPTextModel(config).eval()
-        tower = TransformersTower(model, clip_tokenizer(max_tokens=length, pad_token="!"))
+        model = ClipTextModel(config)
+        tower = ClipTower(model, clip_tokenizer(max_tokens=length, pad_token="!"))
         norm = model.final_layer_norm
     else:
         model = TextTransformer(
@@ -63,12 +63,12 @@ def make(kind: str, length: int) -> TextEncoder:
     return TextEncoder(tower)
 
 
-@pytest.fixture(params=["transformers", "open_clip"])
+@pytest.fixture(params=["own", "open_clip"])
 def encoder(request: pytest.FixtureRequest) -> TextEncoder:
     return make(request.param, 77)
 
 
-@pytest.fixture(params=["transformers", "open_clip"])
+@pytest.fixture(params=["own", "open_clip"])
 def short(request: pytest.FixtureRequest) -> TextEncoder:
     """A chunk holds ten words."""
     return make(request.param, 12)
@@ -154,7 +154,7 @@ def test_weights_multiply_and_the_mean_stays(
 
 def test_a_mean_of_chance_is_not_restored() -> None:
     """Dividing by a mean of nothing but noise would multiply the context by any number."""
-    encoder = copy.deepcopy(make("transformers", 12))
+    encoder = copy.deepcopy(make("own", 12))
     norm = encoder.tower.model.final_layer_norm
     norm.weight.data.fill_(1)
     norm.bias.data.zero_()  # now every token's mean is zero
@@ -262,7 +262,8 @@ class Diffusers(TextualInversionLoaderMixin):
     hf_device_map = None
 
     def __init__(self, model: CLIPTextModel):
-        self.text_encoder, self.tokenizer = model, clip_tokenizer(pad_token="!")
+        self.text_encoder = model
+        self.tokenizer = their_tokenizer(clip_tokenizer(pad_token="!"))
         self.components: dict = {}
 
     def encode(self, prompt: str) -> tuple[Tensor, Tensor]:
@@ -275,8 +276,8 @@ class Diffusers(TextualInversionLoaderMixin):
 
 @torch.no_grad()
 def test_embeddings_equal_diffusers() -> None:
-    encoder = copy.deepcopy(make("transformers", 77))
-    theirs = Diffusers(copy.deepcopy(encoder.tower.model))
+    encoder = copy.deepcopy(make("own", 77))
+    theirs = Diffusers(their_tower(encoder.tower.model))
     torch.manual_seed(1)
     for token, vectors in {"<cat>": torch.randn(3, WIDTH), "<꽃>": torch.randn(1, WIDTH)}.items():
         encoder.add_embeddings(token, vectors)

@@ -1,0 +1,299 @@
+"""The U-Net and the autoencoder on a CPU: the plain mathematics, in fewer and larger operations.
+
+Features are channels-last, so that pixels in a row are a view of them. Weights are packed for
+oneDNN, which adds residuals, gates and activations while a product is in cache. What depends on
+the text alone is computed once a prompt, what on the time alone once a step, and what both halves
+of guidance share once for both.
+
+Shapes: b pictures, k contexts a picture, c channels, h w height and width, n pixels in a row,
+m d tokens and width of the context, e time embedding width.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.engine.memory import keep_large_blocks
+from ldm.engine.onednn import Conv2d, GatedLinear, Linear, Packed
+from ldm.models.attention import Attention, PixelAttention, SpatialTransformer, TransformerBlock
+from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm.models.layers import ResnetBlock, Upsample, timestep_embedding
+from ldm.models.unet import UNet
+
+
+class Prepared(nn.Module):
+    """A network whose weights may be elsewhere meanwhile."""
+
+    def give_back(self) -> None:
+        """Return the weights that were taken from the plain network; this one is then without."""
+        for part in self.modules():
+            if isinstance(part, Packed | GatedLinear):
+                part.give_back()
+
+
+class FastResnet(nn.Module):
+    """As `ResnetBlock`; its `emb` are the time projections of all blocks, `times` its own part."""
+
+    def __init__(self, block: ResnetBlock, take: bool):
+        super().__init__()
+        self.norm1, self.norm2, self.times = block.norm1, block.norm2, slice(0)
+        self.conv1 = Conv2d(block.conv1, take=take)
+        self.conv2 = Conv2d(block.conv2, take=take)
+        shortcut = block.conv_shortcut
+        self.shortcut = None if shortcut is None else Linear(shortcut, take=take)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        """`b c h w` and `b e`, or `1 e` for all pictures, to `b o h w`."""
+        h = F.silu(self.norm1(x), inplace=True)
+        if emb is None:
+            h = self.conv1(h)
+        elif len(emb) == 1:  # the time takes the place of the convolution's bias, which it contains
+            h = self.conv1(h, bias=emb[0, self.times])
+        else:
+            rows = repeated(emb[:, self.times], len(x))
+            h = self.conv1(h, bias=torch.zeros_like(rows[0])).add_(rows[:, :, None, None])
+        if self.shortcut is not None:
+            x = self.shortcut(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.conv2(F.silu(self.norm2(h), inplace=True), other=x)
+
+
+class FastUpsample(nn.Module):
+    """Nearest neighbours and a 3x3 convolution, as four 2x2 convolutions of the small picture.
+
+    Of the nine pixels that the convolution sees after doubling, those from the same small pixel
+    meet sums of its weights: 4/9 of the products. The four are one convolution of four times the
+    outputs, of which each takes its own window.
+    """
+
+    def __init__(self, upsample: Upsample):
+        super().__init__()
+        self.plain = upsample  # for odd sizes, and as the keeper of the weights
+        weight = upsample.conv.weight.detach()  # o c 3 3
+        o, c = weight.shape[:2]
+        # Even rows see the small row above, and their own twice; odd rows their own, and below.
+        even = torch.tensor([[1.0, 0, 0], [0, 1, 1]], dtype=torch.float64)
+        odd = torch.tensor([[1.0, 1, 0], [0, 0, 1]], dtype=torch.float64)
+        sums = torch.stack([even, odd])  # phase, small, large
+        phases = torch.einsum("pis,qjt,ocst->pqocij", sums, sums, weight.double())
+        with torch.device("meta"):
+            small = nn.Conv2d(c, 4 * o, 2, padding=1)
+        small.weight = nn.Parameter(phases.reshape(4 * o, c, 2, 2).to(weight), requires_grad=False)
+        bias = upsample.conv.bias
+        small.bias = None if bias is None else nn.Parameter(bias.detach().repeat(4), False)
+        self.conv = Conv2d(small, take=True)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """`b c h w` to `b o 2h 2w`, or to `b o *size`."""
+        b, _, h, w = x.shape
+        if size is not None and tuple(size) != (2 * h, 2 * w):
+            return self.plain(x, size)
+        windows = self.conv(x).permute(0, 2, 3, 1).unflatten(-1, (2, 2, -1))  # b h+1 w+1 2 2 o
+        out = windows.new_empty(b, h, 2, w, 2, windows.shape[-1])
+        for p in (0, 1):
+            for q in (0, 1):
+                out[:, :, p, :, q] = windows[:, p : p + h, q : q + w, p, q]
+        return out.view(b, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)  # b o 2h 2w
+
+
+class FastAttention(nn.Module):
+    """As `Attention`, plus what comes in; the text's keys and values are kept for its next call."""
+
+    def __init__(self, attention: Attention, take: bool, *, text: bool = False):
+        super().__init__()
+        self.heads = attention.heads
+        q, k, v = attention.to_q, attention.to_k, attention.to_v
+        self.to_q = Linear(q, take=take) if text else Linear(q, k, v, take=take)
+        self.to_kv = Linear(k, v, take=take) if text else None
+        self.to_out = Linear(attention.to_out[0], take=take)  # type: ignore[arg-type]
+        # (context, its keys, its values): in one, for threads that draw at the same time
+        self._kept: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor, other: Tensor, context: Tensor | None = None) -> Tensor:
+        """Rows `b n c`, which attend to themselves or to `b m d`; plus `other`, `b n c`."""
+        if self.to_kv is None or context is None:
+            q, k, v = self._split(self.to_q(x), 3)
+        else:
+            kept = self._kept
+            if kept is None or kept[0] is not context:
+                k, v = self._split(self.to_kv(context), 2)
+                kept = self._kept = (context, k, v)
+            (q,), (_, k, v) = self._split(self.to_q(x), 1), kept
+        out = F.scaled_dot_product_attention(q, k, v)  # b heads n c/heads
+        return self.to_out(out.transpose(1, 2).flatten(2), other=other)  # b n c
+
+    def _split(self, rows: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """`b n parts*c` to `b heads n c/heads` each."""
+        return rows.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+
+class FastBlock(nn.Module):
+    """As `TransformerBlock`."""
+
+    def __init__(self, block: TransformerBlock, take: bool):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = block.norm1, block.norm2, block.norm3
+        self.attn1 = FastAttention(block.attn1, take)
+        self.attn2 = FastAttention(block.attn2, take, text=True)
+        gated: Any = block.ff.net[0]
+        self.gated = GatedLinear(gated.proj, take=take)
+        self.out = Linear(block.ff.net[2], take=take)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Pixels `b n c` and contexts `k*b m d` to pixels `k*b n c`."""
+        x = self.attn1(self.norm1(x), x)
+        x = repeated(x, len(context))
+        x = self.attn2(self.norm2(x), x, context)
+        return self.out(self.gated(self.norm3(x)), other=x)
+
+
+class FastTransformer(nn.Module):
+    """As `SpatialTransformer`, whose 1x1 convolutions are linear layers here."""
+
+    def __init__(self, transformer: SpatialTransformer, take: bool):
+        super().__init__()
+        self.norm = transformer.norm
+        self.proj_in = Linear(transformer.proj_in, take=take)
+        blocks: Any = transformer.transformer_blocks
+        self.blocks = nn.ModuleList(FastBlock(block, take) for block in blocks)
+        self.proj_out = Linear(transformer.proj_out, take=take)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Features `b c h w` and contexts `k*b m d` to features `k*b c h w`."""
+        h, w = x.shape[-2:]
+        rows = self.proj_in(_rows(self.norm(x)))  # b n c
+        for block in self.blocks:
+            rows = block(rows, context)
+        out = self.proj_out(rows, other=repeated(_rows(x), len(context)))
+        return out.unflatten(1, (h, w)).permute(0, 3, 1, 2)  # k*b c h w
+
+
+class FastPixelAttention(nn.Module):
+    """As `PixelAttention`."""
+
+    def __init__(self, attention: PixelAttention, take: bool):
+        super().__init__()
+        self.norm = attention.group_norm
+        self.attention = FastAttention(attention, take)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`b c h w` to `b c h w`."""
+        out = self.attention(_rows(self.norm(x)), _rows(x))
+        return out.unflatten(1, tuple(x.shape[-2:])).permute(0, 3, 1, 2)
+
+
+class FastUNet(Prepared):
+    """As `UNet`, whose levels it runs, made of the fast parts."""
+
+    def __init__(self, unet: UNet, take: bool):
+        super().__init__()
+        blocks = [m for m in unet.modules() if isinstance(m, ResnetBlock)]
+        layers: Any = [block.time_emb_proj for block in blocks]
+        self.time = Linear(*layers, take=take)
+        biases = [block.conv1.bias.detach() for block in blocks if block.conv1.bias is not None]
+        sums = [
+            layer.bias.double() + bias.double() for layer, bias in zip(layers, biases, strict=True)
+        ]
+        self.time.bias = torch.cat(sums).to(biases[0])
+        self.unet: Any = fast(unet, take)
+        start = 0
+        for part, layer in zip(
+            (m for m in self.unet.modules() if isinstance(m, FastResnet)), layers, strict=True
+        ):
+            part.times = slice(start, start := start + layer.out_features)
+        self._context: Tensor | None = None
+
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor, class_labels: Tensor | None = None
+    ) -> Tensor:
+        """Arguments and result as `UNet.forward`."""
+        unet, rows = self.unet, len(context)
+        t = t.to(x.device).expand(len(x))
+        if class_labels is not None:
+            x, t = repeated(x, rows), repeated(t, rows)
+        elif (t == t[0]).all():
+            t = t[:1]
+        emb = timestep_embedding(t, unet.conv_in.shapes[0][0])  # b c
+        emb = unet.time_embedding(emb.to(x.dtype))  # b e
+        if unet.class_embedding is not None:
+            table = unet.class_embedding
+            emb = emb + (table.weight[-1] if class_labels is None else table(class_labels))
+        emb = self.time(F.silu(emb))  # b, the channels of all blocks
+        context = self._known(context)
+
+        x = unet.conv_in(x)  # b c h w
+        skips = [x]
+        for level in unet.down_blocks:
+            x = level(x, emb, context, skips)  # k*b 2c h/2 w/2
+        x = unet.mid_block(x, emb, context)
+        skips = [repeated(skip, rows) for skip in skips]
+        for level in unet.up_blocks:
+            x = level(x, emb, context, skips)  # k*b c/2 2h 2w
+        return unet.conv_out(F.silu(unet.conv_norm_out(x), inplace=True))  # k*b out h w
+
+    def _known(self, context: Tensor) -> Tensor:
+        """The same tensor for the same numbers, by which the layers know what they have kept."""
+        known = self._context
+        if known is None or known.shape != context.shape or not torch.equal(known, context):
+            known = self._context = context.clone()
+        return known
+
+
+class FastAutoencoder(Prepared):
+    """As `AutoencoderKL`, which it runs, made of the fast parts."""
+
+    def __init__(self, vae: AutoencoderKL, take: bool):
+        super().__init__()
+        self.vae: Any = fast(vae, take)
+
+    def encode(self, images: Tensor) -> DiagonalGaussian:
+        """As `AutoencoderKL.encode`."""
+        return self.vae.encode(images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """As `AutoencoderKL.decode`."""
+        return self.vae.decode(latents)
+
+
+def prepare(network: nn.Module, *, take: bool) -> Prepared:
+    """The fast form of a U-Net or an autoencoder; `take` as of `Packed`.
+
+    Nothing in it has gradients: call it where they are off.
+    """
+    keep_large_blocks()
+    if isinstance(network, AutoencoderKL):
+        return FastAutoencoder(network, take)
+    return FastUNet(network, take)  # type: ignore[arg-type]
+
+
+def fast(module: nn.Module, take: bool) -> nn.Module:
+    """A copy of a network, or of a part of one, in which what is slow is its fast twin."""
+    match module:
+        case ResnetBlock():
+            return FastResnet(module, take)
+        case SpatialTransformer():
+            return FastTransformer(module, take)
+        case PixelAttention():
+            return FastPixelAttention(module, take)
+        case Upsample():
+            return FastUpsample(module)
+        case nn.Conv2d():
+            return Conv2d(module, take=take)
+    twin = copy(module)
+    twin._modules = {
+        name: None if part is None else fast(part, take) for name, part in module._modules.items()
+    }
+    return twin
+
+
+def repeated(x: Tensor, rows: int) -> Tensor:
+    """A batch as often as makes so many rows: the pictures, once for each of their contexts."""
+    return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.ndim - 1))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).flatten(1, 2)  # b h*w c; a view where x is channels-last

@@ -1,0 +1,44 @@
+"""What the C library and the kernel do with large blocks of memory."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+
+@cache
+def _libc() -> Any:
+    try:
+        return ctypes.CDLL(None)
+    except OSError:  # not on Windows
+        return None
+
+
+@cache
+def keep_large_blocks() -> None:
+    """Have the C library keep large blocks for their next use, which then are there without faults.
+
+    Activations of hundreds of megabytes come and go with every layer; by default the kernel maps
+    and clears each anew.
+    """
+    if mallopt := getattr(_libc(), "mallopt", None):  # of glibc
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_mmap_threshold, 2**30)
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def drop_pages(tensor: Tensor) -> None:
+    """Take out of memory what nobody reads again; the tensor's numbers are lost.
+
+    Weights are mapped from a file, whose pages stay while any tensor of the file lives.
+    """
+    if (madvise := getattr(_libc(), "madvise", None)) and hasattr(mmap, "MADV_DONTNEED"):
+        page = mmap.PAGESIZE
+        begin = -(-tensor.data_ptr() // page) * page  # only whole pages, which are all its own
+        end = (tensor.data_ptr() + tensor.nbytes) // page * page
+        if end > begin:
+            madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)

@@ -1,0 +1,206 @@
+"""Layers on a CPU: each product by the library that is faster at its size, and what follows it
+done while it is in cache.
+
+oneDNN packs a weight once, for a shape of the input, and adds a residual or a gate as it writes
+the result. In float32 it is behind torch's plain product where a product is small, or a
+convolution waits for its weights. oneDNN's operators are private to torch, which made them for its
+own compiler: this module alone knows them, and does without where they are missing.
+
+Shapes: b pictures, c o channels in and out, h w height and width, n rows.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.engine.memory import drop_pages
+
+_ops: Any = torch.ops.mkldnn
+_OPERATORS = (
+    "_reorder_linear_weight",
+    "_linear_pointwise",
+    "_reorder_convolution_weight",
+    "_convolution_pointwise",
+)
+# Where oneDNN begins to pay in float32, measured on AVX-512.
+_LARGE = 2**26  # multiplications of a linear layer
+_FEW, _SOME, _WIDE = 64, 1024, 640 * 1280  # rows, rows, and pairs of channels of a convolution
+
+
+@cache
+def available(dtype: torch.dtype) -> bool:
+    """Whether this torch has the operators, and this CPU the dtype."""
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(_ops, n) for n in _OPERATORS):
+        return False
+    half = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return dtype == torch.float32 or (dtype in half and getattr(_ops, half[dtype])())
+
+
+class Packed(nn.Module):
+    """The weights of plain layers, one below the other, packed when they are first used.
+
+    Args:
+        layers: `nn.Linear` or `nn.Conv2d`, of the same inputs.
+        take: leave the layers without weights until `give_back`: memory holds them once.
+    """
+
+    def __init__(self, *layers: nn.Linear | nn.Conv2d, take: bool):
+        super().__init__()
+        weights = [layer.weight.detach() for layer in layers]
+        self.shapes = [weight.shape for weight in weights]
+        self.packs, self.small = available(weights[0].dtype), weights[0].dtype == torch.float32
+        plain = self.arrange(torch.cat(weights) if len(weights) > 1 else weights[0])
+        # What the weight is packed for, and the weight: in one, for threads at the same time.
+        self._fit: tuple[object, Tensor] = (None, plain)
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+        self._lenders = layers if take else ()  # in a tuple, which torch does not look into
+        for layer, weight in zip(self._lenders, weights, strict=False):
+            layer.weight.data = weight.new_empty(0)
+            if plain.data_ptr() != weight.data_ptr():
+                drop_pages(weight)
+
+    def arrange(self, weight: Tensor) -> Tensor:
+        """A plain weight, contiguous as the products read it."""
+        raise NotImplementedError
+
+    def fit(self, shape: object) -> Tensor:
+        """The weight packed for a shape, or plain for None."""
+        found, weight = self._fit
+        if found != shape:
+            plain = weight.to_dense() if weight.is_mkldnn else weight
+            weight = plain if shape is None else self.pack(plain, shape)
+            self._fit = (shape, weight)
+            if shape is not None and self._lenders:
+                drop_pages(plain)
+        return weight
+
+    def pack(self, weight: Tensor, shape: Any) -> Tensor:
+        """An arranged weight in oneDNN's layout for a shape."""
+        raise NotImplementedError
+
+    def give_back(self) -> None:
+        """Return the weights that were taken, to the bit; this module is then without."""
+        if self._lenders:
+            weight, first = self.fit(None), self.shapes[0]
+            if weight.ndim < len(first):  # a 1x1 convolution as a linear layer
+                weight = weight[:, :, None, None]
+            parts = weight.split([shape[0] for shape in self.shapes])
+            for layer, part in zip(self._lenders, parts, strict=True):
+                layer.weight.data = part.clone(memory_format=torch.contiguous_format)
+            self._lenders, self._fit = (), (None, weight.new_empty(0))
+
+
+class Linear(Packed):
+    """`x @ weight.T + bias`, of linear layers or of 1x1 convolutions."""
+
+    def arrange(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1).contiguous()
+
+    def pack(self, weight: Tensor, shape: Any) -> Tensor:
+        return _ops._reorder_linear_weight(weight)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        bias: Tensor | None = None,
+        gelu: bool = False,
+        other: Tensor | None = None,
+        binary: Literal["add", "mul"] = "add",
+    ) -> Tensor:
+        """Rows `... c` to `... o`; then GELU, or added to or multiplied by `other`.
+
+        `bias` stands in for the layer's own.
+        """
+        bias = self.bias if bias is None else bias
+        products = x.numel() * sum(shape[0] for shape in self.shapes)
+        if not self.packs or (self.small and products < _LARGE):
+            out = F.linear(x, self.fit(None), bias)
+            out = F.gelu(out) if gelu else out
+            return out if other is None else getattr(torch, binary)(out, other)
+        weight = self.fit("any")
+        if other is not None:
+            return _ops._linear_pointwise.binary(x, other, weight, bias, binary)
+        kind, how = ("gelu", "none") if gelu else ("none", "")
+        return _ops._linear_pointwise(x, weight, bias, kind, [], how)
+
+
+class GatedLinear(nn.Module):
+    """A linear layer's upper half of outputs, times GELU of the lower; `take` as `Packed`'s."""
+
+    def __init__(self, layer: nn.Linear, *, take: bool):
+        super().__init__()
+        halves = [nn.Linear(1, 1, device="meta") for _ in range(2)]
+        biases = [None, None] if layer.bias is None else layer.bias.detach().chunk(2)
+        for half, weight, bias in zip(halves, layer.weight.detach().chunk(2), biases, strict=True):
+            half.weight = nn.Parameter(weight, requires_grad=False)
+            half.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))
+        self.value, self.gate = (Linear(half, take=take) for half in halves)
+        self._lent = (layer, *halves) if take else ()
+        if take:
+            layer.weight.data = layer.weight.new_empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rows `... c` to `... o/2`."""
+        return self.value(x, other=self.gate(x, gelu=True), binary="mul")
+
+    def give_back(self) -> None:
+        """As `Packed.give_back`."""
+        if self._lent:
+            self.value.give_back()
+            self.gate.give_back()
+            layer, *halves = self._lent
+            layer.weight.data = torch.cat([half.weight.detach() for half in halves])
+            self._lent = ()
+
+
+class Conv2d(Packed):
+    """A convolution, channels last."""
+
+    def __init__(self, conv: nn.Conv2d, *, take: bool):
+        super().__init__(conv, take=take)
+        self.geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        self.common = conv.kernel_size == (3, 3) and self.geometry == ((1, 1), (1, 1), (1, 1), 1)
+        self.wide = conv.in_channels * conv.out_channels >= _WIDE
+
+    def arrange(self, weight: Tensor) -> Tensor:
+        return weight.contiguous(memory_format=torch.channels_last)
+
+    def pack(self, weight: Tensor, shape: Any) -> Tensor:
+        return _ops._reorder_convolution_weight(weight, *self.geometry, shape)
+
+    def forward(
+        self, x: Tensor, *, bias: Tensor | None = None, other: Tensor | None = None
+    ) -> Tensor:
+        """`b c h w` to `b o h w`; plus `other`, of the result's shape. `bias` as `Linear`'s."""
+        bias = self.bias if bias is None else bias
+        x = x.contiguous(memory_format=torch.channels_last)
+        b, c, h, w = x.shape
+        few = b * h * w <= (_SOME if self.wide else _FEW)
+        if self.common and self.small and few:
+            weight = self.fit(None).permute(0, 2, 3, 1).flatten(1)  # o 9*c, a view
+            out = F.linear(patches(x), weight, bias)  # b*h*w o
+            out = out.view(b, h, w, -1).permute(0, 3, 1, 2)
+            return out if other is None else out.add_(other)
+        padding, stride, dilation, groups = self.geometry
+        if not self.packs:
+            out = F.conv2d(x, self.fit(None), bias, stride, padding, dilation, groups)
+            return out if other is None else out.add_(other)
+        given = (self.fit(x.shape), bias, padding, stride, dilation, groups)
+        if other is None:
+            return _ops._convolution_pointwise(x, *given, "none", [], "")
+        return _ops._convolution_pointwise.binary(x, other, *given, "add", None, None, [], None)
+
+
+def patches(x: Tensor) -> Tensor:
+    """What a 3x3 convolution of stride 1 sees of `b c h w`, channels last: rows `b*h*w 9*c`."""
+    b, c, h, w = x.shape
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # b h+2 w+2 c
+    along = padded.stride()
+    return padded.as_strided((b, h, w, 3, 3, c), (*along[:3], *along[1:])).reshape(b * h * w, 9 * c)
