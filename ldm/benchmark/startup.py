@@ -16,6 +16,7 @@ from ldm.options import DTYPES
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "txt2img.py"
 PROMPT = "a red flower"
+STEPS = "20"  # which divides the timesteps: otherwise diffusers' DDIM steps past those it visits
 IMPORT = "from diffusers import StableDiffusionPipeline"
 DRAW = """
 import sys, torch
@@ -39,14 +40,15 @@ def side(job: Job, variant: str) -> Callable[[Pace], None]:
     png = folder / "picture.png"
     if variant == "ldm":
         model = ["--model", job.size if job.size == "flowers" else str(job.folder)]
-        command = [str(SCRIPT), PROMPT, *model, *place, "--outdir", str(folder)]
+        command = [str(SCRIPT), PROMPT, *model, *place, "--steps", STEPS]
+        command += ["--outdir", str(folder)]
         png = folder / "samples" / "00000.png"
     elif variant == "diffusers import":
         command = ["-c", IMPORT]
     else:
         own = json.loads((job.folder / "model_index.json").read_text())["_ldm"]["defaults"]
-        steps, scale = own["num_inference_steps"], own["guidance_scale"]
-        command = [str(job.folder), DTYPES[dtype], job.device, str(steps), str(scale), str(png)]
+        scale = str(own["guidance_scale"])
+        command = [str(job.folder), DTYPES[dtype], job.device, STEPS, scale, str(png)]
         command = ["-c", DRAW, *command]
 
     def turns(pace: Pace) -> None:

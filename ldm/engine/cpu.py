@@ -128,7 +128,8 @@ class FastAttention(nn.Module):
 
     def _split(self, rows: Tensor, parts: int) -> tuple[Tensor, ...]:
         """`b n parts*c` to `b heads n c/heads` each."""
-        return rows.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        b, n, _ = rows.shape
+        return rows.view(b, n, parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
 
 
 class FastBlock(nn.Module):
@@ -169,7 +170,7 @@ class FastTransformer(nn.Module):
         for block in self.blocks:
             rows = block(rows, context)
         out = self.proj_out(rows, other=repeated(_rows(x), len(context)))
-        return out.unflatten(1, (h, w)).permute(0, 3, 1, 2)  # k*b c h w
+        return out.view(-1, h, w, out.shape[-1]).permute(0, 3, 1, 2)  # k*b c h w
 
 
 class FastPixelAttention(nn.Module):

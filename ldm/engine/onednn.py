@@ -54,6 +54,7 @@ class Packed(nn.Module):
         weights = [layer.weight.detach() for layer in layers]
         self.shapes = [weight.shape for weight in weights]
         self.packs, self.small = available(weights[0].dtype), weights[0].dtype == torch.float32
+        self.outputs = sum(shape[0] for shape in self.shapes)
         plain = self.arrange(torch.cat(weights) if len(weights) > 1 else weights[0])
         # What the weight is packed for, and the weight: in one, for threads at the same time.
         self._fit: tuple[object, Tensor] = (None, plain)
@@ -119,8 +120,7 @@ class Linear(Packed):
         `bias` stands in for the layer's own.
         """
         bias = self.bias if bias is None else bias
-        products = x.numel() * sum(shape[0] for shape in self.shapes)
-        if not self.packs or (self.small and products < _LARGE):
+        if not self.packs or (self.small and x.numel() * self.outputs < _LARGE):
             out = F.linear(x, self.fit(None), bias)
             out = F.gelu(out) if gelu else out
             return out if other is None else getattr(torch, binary)(out, other)

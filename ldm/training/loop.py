@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from math import isfinite
 from pathlib import Path
+from platform import machine
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,7 @@ from ldm.checkpoint.io import recover
 from ldm.data.order import Place, micro_batches
 from ldm.data.sample import DataSource
 from ldm.data.streams import StreamedShards
+from ldm.engine.memory import keep_large_blocks
 from ldm.errors import ConfigError, LdmError, suggest
 from ldm.models.unet import UNet
 from ldm.training.config import STAGES, TrainingConfig, UNetTraining, learning_rate_at
@@ -144,6 +146,8 @@ class Run:
         if isinstance(data, StreamedShards):  # each slot of the batch reads a shard of its own
             data.check_cache(config.train_batch_size // world)
         device = self.accelerator.device
+        if device.type == "cpu":
+            keep_large_blocks()
         for module in self.stage.players.values():
             if isinstance(config, UNetTraining) and config.fsdp and world > 1:
                 shard(cast(UNet, module), device)
@@ -191,6 +195,9 @@ class Run:
         config, state, accelerator = self.config, self.state, self.accelerator
         log = Log(accelerator, config, state.step, self.tracker)
         log.say(self.summary())
+        x86 = accelerator.device.type == "cpu" and machine() in ("x86_64", "AMD64")
+        if x86 and config.mixed_precision == "bf16" and not torch.cpu._is_amx_tile_supported():
+            log.say("this CPU has no AMX, so float32 may well be faster: try --mixed_precision no")
         with log.bar, self.loader() as loader:
             while state.step < config.max_train_steps:
                 began = time.perf_counter()
@@ -251,11 +258,15 @@ class Run:
             if state.scaler:
                 state.scaler.unscale_(optimizer)
             weights = self.stage.players[player].parameters()
-            norm = whole(torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm))
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            norm = whole(torch.nn.utils.get_total_norm(gradients))
             skipped = 1 - (norm.isfinite() & figures[f"{prefix}loss"].isfinite()).float()
             if dist.is_initialized():  # losses are each process's own
                 dist.all_reduce(skipped, dist.ReduceOp.MAX)
             figures |= {f"{prefix}grad_norm": norm, f"{prefix}skipped": skipped}
+            # Of the fused AdamW: it divides gradients by the one, which clips them to their norm
+            # without a pass of its own, and does nothing where the other is 1.
+            optimizer.grad_scale = (norm / self.config.max_grad_norm).clamp(min=1).float()  # type: ignore[attr-defined]
             optimizer.found_inf = skipped  # type: ignore[attr-defined]
             optimizer.step()
             if state.scaler:
