@@ -22,12 +22,13 @@ def _libc() -> Any:
 def keep_large_blocks() -> None:
     """Have the C library keep large blocks for their next use, which then are there without faults.
 
-    Activations of hundreds of megabytes come and go with every layer; by default the kernel maps
-    and clears each anew.
+    Activations of many megabytes come and go with every layer; by default the kernel maps and
+    clears each anew. The largest are left to it: kept, they would tear holes into the heap that
+    the next one does not fit.
     """
     if mallopt := getattr(_libc(), "mallopt", None):  # of glibc
         m_trim_threshold, m_mmap_threshold = -1, -3
-        mallopt(m_mmap_threshold, 2**30)
+        mallopt(m_mmap_threshold, 2**26)
         mallopt(m_trim_threshold, 2**31 - 1)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tiny import UNET, VAE, make_pipeline, randomize
 
 from ldm.engine import Engine, onednn
-from ldm.engine.cpu import prepare
+from ldm.engine.cpu import FastGroupNorm, FastUpsample, prepare
 from ldm.errors import ConfigError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.layers import Upsample
@@ -159,12 +159,21 @@ def test_weights_move_there_and_back(kind, config, large, dtype, operators, monk
         assert torch.equal(tensor, before[name]), name
 
 
+@torch.no_grad()
+def test_normalisation_of_large_pictures():
+    """Of numbers far from zero, channels-last, where torch's own loses digits."""
+    torch.manual_seed(0)
+    norm = torch.nn.GroupNorm(4, 16)
+    randomize(norm)
+    x = (torch.randn(2, 16, 192, 160) + 6).to(memory_format=torch.channels_last)
+    exact = deepcopy(norm).double()(x.double().contiguous())
+    assert distance(FastGroupNorm(norm)(x), exact) < 1e-5 < distance(norm(x), exact)
+
+
 def test_an_upsampling_of_any_size():
     """Four small convolutions are the large one, to a few units of the last place."""
     torch.manual_seed(0)
     upsample = Upsample(5).double()
-    from ldm.engine.cpu import FastUpsample
-
     for dtype, bound in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
         plain = deepcopy(upsample).to(dtype)
         fast = FastUpsample(plain)

@@ -78,7 +78,8 @@ def test_two_processes_on_a_cpu_are_two(tmp_path):
     script.write_text(
         "from accelerate import PartialState\n"
         "state = PartialState(cpu=True)\n"
-        "print(state.process_index, state.num_processes, state.device.type)\n"
+        "said = f'{state.process_index} {state.num_processes} {state.device.type}\\n'\n"
+        "print(said, end='', flush=True)\n"  # in one piece: the other process writes here, too
     )
     launch = ["accelerate.commands.launch", "--config_file"]
     launch += [str(CONFIGS / "accelerate" / "cpu_two_processes.yaml"), str(script)]
