@@ -319,6 +319,8 @@ def _parameters(record: dict[str, Any]) -> str:
 
 
 def _dtype(options: Namespace) -> str:
+    from ldm.engine import has_amx
+
     cpu = find_device(options.device) == "cpu"
     match options.dtype:
         case "half":
@@ -327,16 +329,6 @@ def _dtype(options: Namespace) -> str:
             return "bf16" if cpu and has_amx() else "fp32"
         case dtype:
             return dtype
-
-
-def has_amx() -> bool:
-    """Whether this CPU multiplies matrices of bfloat16 many times as fast as those of float32.
-
-    AVX512-BF16 alone does not: without AMX, products of bfloat16 took 1.7 times as long.
-    """
-    import torch
-
-    return torch.cpu._is_amx_tile_supported()
 
 
 def _processor(device: str) -> str:

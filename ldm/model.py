@@ -162,8 +162,9 @@ class Model:
     def _of(cls, parts: ModelParts, engine: EngineName) -> Self:
         networks = (parts.unet, parts.vae, parts.text_encoder)
         model = cls(*networks, parts.schedule, defaults=parts.defaults, engine=engine)
-        for each in model._engines.values():
-            each.own = True
+        for each in model._engines.values():  # one whose weights share memory cannot move them
+            places = [weight.data_ptr() for weight in each.network.parameters()]
+            each.own = len(set(places)) == len(places)
         return model
 
     def save_pretrained(self, save_directory: str | Path) -> None:
@@ -172,7 +173,9 @@ class Model:
         Each component's folder is written whole or not at all, and the index last.
         """
         self._check_exact()
-        save_folder(ModelParts(**self.components), Path(save_directory))
+        self._release()
+        networks = (self._unet, self._vae, self.text_encoder)
+        save_folder(ModelParts(*networks, self.schedule, self.defaults), Path(save_directory))
 
     def to(self, *args: Any, **options: Any) -> Self:
         """Move the models to a device, a dtype or both, as `torch.nn.Module.to`; returns itself.

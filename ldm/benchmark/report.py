@@ -158,9 +158,9 @@ def chart(
     for x in xs:
         draw.text((place(x, 0)[0], height - bottom + 28), f"{x:g}", "#374151", font, "mm")
     ends: list[float] = []
-    for color, (name, own) in sorted(
-        zip(COLORS, series.items(), strict=False), key=lambda item: -item[1][1][-1][1]
-    ):
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(series)}
+    for name, own in sorted(series.items(), key=lambda item: -item[1][-1][1]):
+        color = colors[name]
         path = [place(*point) for point in own]
         draw.line(path, color, 5, "curve")
         for x, y in path:

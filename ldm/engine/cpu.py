@@ -89,9 +89,7 @@ class FastResnet(nn.Module):
             h = self.conv1(h, bias=torch.zeros_like(rows[0])).add_(rows[:, :, None, None])
         if self.shortcut is not None:
             x = self.shortcut(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        h = F.silu(
-            self.norm2(h), inplace=True
-        )  # in a variable of that name, to free what was in it
+        h = F.silu(self.norm2(h), inplace=True)  # of the same name, which frees what it was
         return self.conv2(h, other=x)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 def _libc() -> Any:
     try:
         return ctypes.CDLL(None)
-    except OSError:  # not on Windows
+    except (OSError, TypeError):  # on Windows
         return None
 
 

@@ -61,8 +61,8 @@ class Packed(nn.Module):
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self.bias = torch.cat(biases) if biases else None
         self._lenders = layers if take else ()  # in a tuple, which torch does not look into
-        for layer, weight in zip(self._lenders, weights, strict=False):
-            layer.weight.data = weight.new_empty(0)
+        for layer in self._lenders:
+            weight, layer.weight.data = layer.weight.detach(), layer.weight.new_empty(0)
             if plain.data_ptr() != weight.data_ptr():
                 drop_pages(weight)
 

@@ -27,6 +27,7 @@ from ldm.checkpoint.io import recover
 from ldm.data.order import Place, micro_batches
 from ldm.data.sample import DataSource
 from ldm.data.streams import StreamedShards
+from ldm.engine import has_amx
 from ldm.engine.memory import keep_large_blocks
 from ldm.errors import ConfigError, LdmError, suggest
 from ldm.models.unet import UNet
@@ -196,7 +197,7 @@ class Run:
         log = Log(accelerator, config, state.step, self.tracker)
         log.say(self.summary())
         x86 = accelerator.device.type == "cpu" and machine() in ("x86_64", "AMD64")
-        if x86 and config.mixed_precision == "bf16" and not torch.cpu._is_amx_tile_supported():
+        if x86 and config.mixed_precision == "bf16" and not has_amx():
             log.say("this CPU has no AMX, so float32 may well be faster: try --mixed_precision no")
         with log.bar, self.loader() as loader:
             while state.step < config.max_train_steps:

@@ -158,8 +158,10 @@ def test_a_step_never_waits_for_the_gpu(sampler: str) -> None:
     }
     pipe("a rose", **options)
     mode: Callable[[str], None] = torch.cuda.set_sync_debug_mode
+    refused = []
 
     def on_step(pipeline: object, step: int, timestep: float, state: object) -> dict[str, Tensor]:
+        refused.append(torch.cuda.get_sync_debug_mode() == 2)
         mode("error" if step < 3 else "default")
         return {}
 
@@ -167,6 +169,7 @@ def test_a_step_never_waits_for_the_gpu(sampler: str) -> None:
         pipe("a rose", **options, callback_on_step_end=on_step)
     finally:
         mode("default")
+    assert refused == [False, True, True, True]  # the steps after the first ran under it
 
 
 def test_a_picture_is_the_same_alone_and_in_a_batch() -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from tiny import UNET, VAE, make_pipeline, randomize
 
+from ldm.checkpoint.folder import load_folder
 from ldm.engine import Engine, onednn
 from ldm.engine.cpu import FastGroupNorm, FastUpsample, prepare
 from ldm.errors import ConfigError
@@ -120,7 +121,7 @@ def test_half_precision_is_as_near_to_float32_as_the_plain_network(dtype, operat
     error, usual = (
         (network(x, t, context) - expected).square().mean().sqrt() for network in (fast, unet)
     )
-    assert 0 < error < 1.2 * usual
+    assert 0 < error < 1.1 * usual
 
 
 @torch.no_grad()
@@ -258,6 +259,27 @@ def test_networks_are_whole_for_whoever_asks(folder, tmp_path):
     assert 0 < (half - picture).abs().mean() < 0.05
     pipeline.enable_vae_tiling(4)
     pipeline.to(torch.float32)
+
+
+def test_saving_lends_nothing(folder, tmp_path):
+    """A model that is saved goes on with its weights in memory once."""
+    pipeline = open_model(folder)
+    draw(pipeline)
+    pipeline.save_pretrained(tmp_path)
+    draw(pipeline)
+    assert not pipeline._unet.mid_block.resnets[0].conv1.weight.numel()  # with the engine
+
+
+def test_weights_that_share_memory_stay_where_they_are(folder):
+    """As an old checkpoint may have them: what one layer gives away, the other would miss."""
+    parts = load_folder(folder)
+    first, second = (r.conv1 for r in parts.unet.mid_block.resnets)
+    second.weight.data = first.weight.data
+    fast, plain = (LatentDiffusionPipeline._of(parts, engine) for engine in ("fast", "plain"))
+    for pipeline in (fast, plain):
+        pipeline.set_progress_bar_config(disable=True)
+    assert (draw(plain) - draw(fast)).abs().max() < 1e-4
+    assert first.weight.numel() and first.weight.data_ptr() == second.weight.data_ptr()
 
 
 def test_a_callback_may_ask_for_the_networks(folder):
