@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.engine.memory import keep_large_blocks
+from ldm.engine.memory import free_blocks, keep_large_blocks, put_aside
 from ldm.engine.onednn import Conv2d, GatedLinear, Linear, Packed
 from ldm.models.attention import Attention, PixelAttention, SpatialTransformer, TransformerBlock
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
@@ -117,6 +117,7 @@ class FastUpsample(nn.Module):
         bias = upsample.conv.bias
         small.bias = None if bias is None else nn.Parameter(bias.detach().repeat(4), False)
         self.conv = Conv2d(small, take=True)
+        put_aside(weight)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """`b c h w` to `b o 2h 2w`, or to `b o *size`."""
@@ -288,6 +289,7 @@ class FastAutoencoder(Prepared):
 
     def decode(self, latents: Tensor) -> Tensor:
         """As `AutoencoderKL.decode`."""
+        free_blocks()  # the U-Net's, before the largest moment of a picture
         return self.vae.decode(latents)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 from functools import cache
 from typing import Any
 
@@ -32,14 +33,29 @@ def keep_large_blocks() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def free_blocks() -> None:
+    """Give the kernel what the C library keeps, for work whose blocks are of other sizes."""
+    if trim := getattr(_libc(), "malloc_trim", None):
+        trim(0)
+
+
 def drop_pages(tensor: Tensor) -> None:
     """Take out of memory what nobody reads again; the tensor's numbers are lost.
 
     Weights are mapped from a file, whose pages stay while any tensor of the file lives.
     """
-    if (madvise := getattr(_libc(), "madvise", None)) and hasattr(mmap, "MADV_DONTNEED"):
+    _advise(tensor, getattr(mmap, "MADV_DONTNEED", None))
+
+
+def put_aside(tensor: Tensor) -> None:
+    """Let the kernel take out of memory what it can read from a file again, should somebody ask."""
+    _advise(tensor, 21 if sys.platform == "linux" else None)  # MADV_PAGEOUT
+
+
+def _advise(tensor: Tensor, advice: int | None) -> None:
+    if (madvise := getattr(_libc(), "madvise", None)) and advice is not None:
         page = mmap.PAGESIZE
         begin = -(-tensor.data_ptr() // page) * page  # only whole pages, which are all its own
         end = (tensor.data_ptr() + tensor.nbytes) // page * page
         if end > begin:
-            madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+            madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)

@@ -12,6 +12,7 @@ Shapes: b pictures, c o channels in and out, h w height and width, n rows.
 from __future__ import annotations
 
 from functools import cache
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -51,20 +52,19 @@ class Packed(nn.Module):
 
     def __init__(self, *layers: nn.Linear | nn.Conv2d, take: bool):
         super().__init__()
-        weights = [layer.weight.detach() for layer in layers]
-        self.shapes = [weight.shape for weight in weights]
-        self.packs, self.small = available(weights[0].dtype), weights[0].dtype == torch.float32
+        self._lent = [layer.weight.detach() for layer in layers]  # until `fit` has read them
+        self.shapes = [weight.shape for weight in self._lent]
+        dtype = self._lent[0].dtype
+        self.packs, self.small = available(dtype), dtype == torch.float32
         self.outputs = sum(shape[0] for shape in self.shapes)
-        plain = self.arrange(torch.cat(weights) if len(weights) > 1 else weights[0])
         # What the weight is packed for, and the weight: in one, for threads at the same time.
-        self._fit: tuple[object, Tensor] = (None, plain)
+        self._fit: tuple[object, Tensor] = ("nothing", self._lent[0])
+        self._lock = Lock()
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self.bias = torch.cat(biases) if biases else None
         self._lenders = layers if take else ()  # in a tuple, which torch does not look into
         for layer in self._lenders:
-            weight, layer.weight.data = layer.weight.detach(), layer.weight.new_empty(0)
-            if plain.data_ptr() != weight.data_ptr():
-                drop_pages(weight)
+            layer.weight.data = layer.weight.new_empty(0)
 
     def arrange(self, weight: Tensor) -> Tensor:
         """A plain weight, contiguous as the products read it."""
@@ -73,13 +73,23 @@ class Packed(nn.Module):
     def fit(self, shape: object) -> Tensor:
         """The weight packed for a shape, or plain for None."""
         found, weight = self._fit
-        if found != shape:
+        return weight if found == shape else self._refit(shape)
+
+    def _refit(self, shape: object) -> Tensor:
+        with self._lock:
+            found, weight = self._fit
+            if found == shape:
+                return weight
+            lent, self._lent = self._lent, []
+            if lent:
+                weight = self.arrange(torch.cat(lent) if len(lent) > 1 else lent[0])
             plain = weight.to_dense() if weight.is_mkldnn else weight
             weight = plain if shape is None else self.pack(plain, shape)
             self._fit = (shape, weight)
-            if shape is not None and self._lenders:
-                drop_pages(plain)
-        return weight
+            for each in lent if self._lenders else ():
+                if weight.is_mkldnn or weight.data_ptr() != each.data_ptr():
+                    drop_pages(each)
+            return weight
 
     def pack(self, weight: Tensor, shape: Any) -> Tensor:
         """An arranged weight in oneDNN's layout for a shape."""
