@@ -33,6 +33,7 @@ class Case:
         steps: of the sampler, unless told; None for work that has none.
         side: of the pictures in pixels, unless told; 0 for the model's own.
         batch: pictures at a time, unless told.
+        times: that a turn does it; short work is not measured alone.
         variants: who can do it.
         tolerance: greatest difference in fp32, relative to the largest value.
         trains: whether it is a step of training, which has one shape.
@@ -44,6 +45,7 @@ class Case:
     steps: int | None = None
     side: int = 0
     batch: int = 1
+    times: int = 1
     variants: tuple[str, ...] = INFERENCE
     tolerance: float = 1e-4
     trains: bool = False
@@ -54,7 +56,9 @@ CASES = {
     "unet": Case("one guided step of the U-Net"),
     "vae_decode": Case("latents to pixels"),
     "text": Case("two prompts to context"),
-    "small": Case("prompt to picture", "flowers", work="txt2img", steps=20, tolerance=1e-3),
+    "small": Case(
+        "prompt to picture", "flowers", work="txt2img", steps=20, times=5, tolerance=1e-3
+    ),
     "startup": Case(  # a PNG has 255 levels: rounding may move a pixel by one
         "new process to PNG", "flowers", tolerance=1.5 / 255,
         variants=("ldm", "diffusers", "diffusers fp32", "diffusers import"),
@@ -79,6 +83,7 @@ class Point:
         width: likewise.
         batch: pictures at a time.
         steps: of the sampler; None for work that has none.
+        times: that a turn does it.
         check: hand back the numbers, unrounded, to compare them.
     """
 
@@ -86,6 +91,7 @@ class Point:
     width: int
     batch: int
     steps: int | None = None
+    times: int = 1
     check: bool = False
 
 
@@ -186,7 +192,7 @@ def _job(name: str, options: Namespace) -> Job:
         raise ConfigError(f"{len(heights)} heights and {len(widths)} widths; give as many")
     sizes = list(zip(heights, widths * (len(heights) // len(widths)), strict=True))
     steps, batches = options.steps or [case.steps], options.batch_size or [case.batch]
-    points = tuple(Point(*size, b, s) for s, size, b in product(steps, sizes, batches))
+    points = tuple(Point(*size, b, s, case.times) for s, size, b in product(steps, sizes, batches))
     if case.trains and (len(points) > 1 or sizes[0][0] != sizes[0][1]):
         raise ConfigError(f"{name} has one batch of squares; give one number each")
     variants = tuple(word.strip() for word in (options.variants or "").split(",") if word.strip())

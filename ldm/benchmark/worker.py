@@ -32,7 +32,7 @@ class Turn(NamedTuple):
     """What a worker says of a turn.
 
     Attributes:
-        seconds: it took; the first, to open the model.
+        seconds: it took to do the work once; the first, to open the model.
         memory: the process's peak until now, in bytes: of a GPU's memory, where it works on one.
         outside: of training, the share of the seconds outside of forward and backward pass,
             optimizer (and the gradient's norm that it needs) and average; None where not known.
@@ -46,7 +46,7 @@ class Turn(NamedTuple):
 
 
 class Pace:
-    """The worker's end: each `next` ends a turn and waits for the point of the next one.
+    """The worker's end: the point of a turn, as often as it says, then that of the next turn.
 
     Attributes:
         output: what the turn has made: pictures, arrays or tensors.
@@ -57,29 +57,33 @@ class Pace:
         self.connection, self.cuda = connection, device.startswith("cuda")
         self.output: Any = []
         self.inside: float | None = None
-        self.check = False
+        self.point, self.left = Point(0, 0, 0), 0  # before the first turn: the opening
         self.began = time.perf_counter()
 
     def __iter__(self) -> Pace:
         return self
 
     def __next__(self) -> Point:
+        self.left -= 1
+        if self.left > 0:
+            return self.point
         if self.cuda:
             import torch
 
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.began
         outside = None if self.inside is None else 1 - self.inside / seconds
-        output = [_array(item) for item in self.output] if self.check else []
+        seconds /= self.point.times
+        output = [_array(item) for item in self.output] if self.point.check else []
         self.connection.send(Turn(seconds, peak_memory(self.cuda), outside, output))
         self.output, self.inside = [], None
         try:
-            point: Point = self.connection.recv()
+            self.point = self.connection.recv()
         except EOFError:  # the parent needs no more
             raise SystemExit from None
-        self.check = point.check
+        self.left = self.point.times
         self.began = time.perf_counter()
-        return point
+        return self.point
 
     def watch(self, owner: Any, method: str) -> None:
         """Count the seconds of a method as inside; on a GPU it returns before they are spent."""

@@ -11,6 +11,7 @@ m d tokens and width of the context, e time embedding width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from typing import Any
 
@@ -244,6 +245,11 @@ class FastUNet(Prepared):
         self, x: Tensor, t: Tensor, context: Tensor, class_labels: Tensor | None = None
     ) -> Tensor:
         """Arguments and result as `UNet.forward`."""
+        return without_gradients(self._forward, x, t, context, class_labels)
+
+    def _forward(
+        self, x: Tensor, t: Tensor, context: Tensor, class_labels: Tensor | None
+    ) -> Tensor:
         unet, rows = self.unet, len(context)
         t = t.to(x.device).expand(len(x))
         if class_labels is not None:
@@ -285,12 +291,15 @@ class FastAutoencoder(Prepared):
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """As `AutoencoderKL.encode`."""
-        return self.vae.encode(images)
+        return DiagonalGaussian.from_moments(without_gradients(self._moments, images))
+
+    def _moments(self, images: Tensor) -> Tensor:
+        return self.vae.quant_conv(self.vae.encoder(images))
 
     def decode(self, latents: Tensor) -> Tensor:
         """As `AutoencoderKL.decode`."""
         free_blocks()  # the U-Net's, before the largest moment of a picture
-        return self.vae.decode(latents)
+        return without_gradients(self.vae.decode, latents)
 
 
 def prepare(network: nn.Module, *, take: bool) -> Prepared:
@@ -326,9 +335,16 @@ def fast(module: nn.Module, take: bool) -> nn.Module:
     return twin
 
 
+def without_gradients(network: Callable[..., Tensor], *args: Any) -> Tensor:
+    """A call of which torch keeps no record: of the small model's time, a sixth."""
+    with torch.inference_mode():
+        out = network(*args)
+    return out.clone()  # as any other tensor, which whoever gets it may change
+
+
 def repeated(x: Tensor, rows: int) -> Tensor:
     """A batch as often as makes so many rows: the pictures, once for each of their contexts."""
-    return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.ndim - 1))
+    return x if len(x) == rows else torch.cat([x] * (rows // len(x)))  # keeps channels last
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 done while it is in cache.
 
 oneDNN packs a weight once, for a shape of the input, and adds a residual or a gate as it writes
-the result. In float32 it is behind torch's plain product where a product is small, or a
-convolution waits for its weights. oneDNN's operators are private to torch, which made them for its
-own compiler: this module alone knows them, and does without where they are missing.
+the result. In float32 it is behind torch's plain product where a product is small. Its operators
+are private to torch, which made them for its own compiler: this module alone knows them, and does
+without where they are missing.
 
 Shapes: b pictures, c o channels in and out, h w height and width, n rows.
 """
@@ -28,9 +28,8 @@ _OPERATORS = (
     "_reorder_convolution_weight",
     "_convolution_pointwise",
 )
-# Where oneDNN begins to pay in float32, measured on AVX-512.
-_LARGE = 2**26  # multiplications of a linear layer
-_FEW, _SOME, _WIDE = 64, 1024, 640 * 1280  # rows, rows, and pairs of channels of a convolution
+# Multiplications from which oneDNN pays in a linear layer of float32, measured on AVX-512.
+_LARGE = 2**26
 
 
 @cache
@@ -176,8 +175,6 @@ class Conv2d(Packed):
     def __init__(self, conv: nn.Conv2d, *, take: bool):
         super().__init__(conv, take=take)
         self.geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
-        self.common = conv.kernel_size == (3, 3) and self.geometry == ((1, 1), (1, 1), (1, 1), 1)
-        self.wide = conv.in_channels * conv.out_channels >= _WIDE
 
     def arrange(self, weight: Tensor) -> Tensor:
         return weight.contiguous(memory_format=torch.channels_last)
@@ -191,13 +188,6 @@ class Conv2d(Packed):
         """`b c h w` to `b o h w`; plus `other`, of the result's shape. `bias` as `Linear`'s."""
         bias = self.bias if bias is None else bias
         x = x.contiguous(memory_format=torch.channels_last)
-        b, c, h, w = x.shape
-        few = b * h * w <= (_SOME if self.wide else _FEW)
-        if self.common and self.small and few:
-            weight = self.fit(None).permute(0, 2, 3, 1).flatten(1)  # o 9*c, a view
-            out = F.linear(patches(x), weight, bias)  # b*h*w o
-            out = out.view(b, h, w, -1).permute(0, 3, 1, 2)
-            return out if other is None else out.add_(other)
         padding, stride, dilation, groups = self.geometry
         if not self.packs:
             out = F.conv2d(x, self.fit(None), bias, stride, padding, dilation, groups)
@@ -206,11 +196,3 @@ class Conv2d(Packed):
         if other is None:
             return _ops._convolution_pointwise(x, *given, "none", [], "")
         return _ops._convolution_pointwise.binary(x, other, *given, "add", None, None, [], None)
-
-
-def patches(x: Tensor) -> Tensor:
-    """What a 3x3 convolution of stride 1 sees of `b c h w`, channels last: rows `b*h*w 9*c`."""
-    b, c, h, w = x.shape
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # b h+2 w+2 c
-    along = padded.stride()
-    return padded.as_strided((b, h, w, 3, 3, c), (*along[:3], *along[1:])).reshape(b * h * w, 9 * c)

@@ -47,7 +47,6 @@ def make(kind, config, dtype=torch.float32):
 def set_sizes(monkeypatch, large):
     """Compute as large or as small networks are."""
     monkeypatch.setattr(onednn, "_LARGE", 0 if large else 2**40)
-    monkeypatch.setattr(onednn, "_FEW", 0 if large else 2**40)
 
 
 def inputs(config, *, b=1, k=1, size=(8, 8), dtype=torch.float32):
