@@ -57,11 +57,12 @@ def measure(job: Job, scratch: Path, work_dir: Path, say: Callable[[str], None])
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(job, name)) for name in job.variants}
         say(f"{job.name}: comparing results")
-        differences = check(job, workers)
+        differences, built = check(job, workers)
         results = []
         for point in points:
             turns: dict[str, list[Turn]] = {name: [] for name in workers}
-            built = {name: worker.turn(point).seconds for name, worker in workers.items()}
+            if results or job.case.trains:  # else the check was the first, whole
+                built = {name: worker.turn(point).seconds for name, worker in workers.items()}
             for number in range(job.rounds):
                 say(f"{job.name}: {label(asdict(point))}, round {number + 1} of {job.rounds}")
                 for name, worker in workers.items():
@@ -108,28 +109,32 @@ def figures(turns: Mapping[str, Sequence[Turn]]) -> dict[str, Any]:
     }
 
 
-def check(job: Job, workers: Mapping[str, Worker]) -> dict[str, Any]:
+def check(
+    job: Job, workers: Mapping[str, Worker]
+) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
     """Whether ldm computes what diffusers computes.
 
     In float32 the greatest difference must be within the case's tolerance; in half precision the
     average one to diffusers in float32 no more than `HALF` times what diffusers' own is.
 
     Returns:
-        For each variant its greatest and average difference, relative to the largest value.
+        For each variant its greatest and average difference, relative to the largest value; and the
+        seconds that this, its first turn, took.
 
     Raises:
         LdmError: they differ by more; the line says by how much.
     """
     reference = "diffusers" if job.dtype == "fp32" else "diffusers fp32"
     point = replace(job.points[0], check=True)
-    outputs: dict[str, list[np.ndarray]] = {}
+    turns: dict[str, Turn] = {}
     for name in dict.fromkeys((reference, "diffusers", *workers)):
         if name in workers:
-            outputs[name] = workers[name].turn(point).output
+            turns[name] = workers[name].turn(point)
         else:  # nobody wants its time
             with Worker(job, name) as worker:
-                outputs[name] = worker.turn(point).output
-    found = {n: difference(own, outputs[reference]) for n, own in outputs.items() if own}
+                turns[name] = worker.turn(point)
+    exact = turns[reference].output
+    found = {n: difference(turn.output, exact) for n, turn in turns.items() if turn.output}
     for name, (greatest, average) in found.items():
         half = job.dtype != "fp32"
         kind, value = ("average", average) if half else ("greatest", greatest)
@@ -139,7 +144,7 @@ def check(job: Job, workers: Mapping[str, Worker]) -> dict[str, Any]:
                 f"{job.name}: {name} does not compute what {reference} does: the {kind} difference"
                 f" is {value:.2g} of the largest value, and {limit:.2g} is allowed"
             )
-    return found
+    return found, {name: turns[name].seconds for name in workers}
 
 
 def difference(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> tuple[float, float]:

@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint.locate import check_kind
 from ldm.errors import CheckpointError
+from ldm.memory import put_aside
 
 MANIFEST = "manifest.json"
 
@@ -439,8 +440,16 @@ def verify(folder: Path) -> None:
 
 
 def to_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The same tensors, the floating-point ones in another dtype."""
-    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    """The same tensors, the floating-point ones in another dtype.
+
+    What has been read from a mapped file need not stay in memory beside it.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if found[name] is not tensor:
+            put_aside(tensor)
+    return found
 
 
 def _flush(folder: Path) -> None:

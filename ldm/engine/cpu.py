@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.engine.memory import free_blocks, keep_large_blocks, put_aside
 from ldm.engine.onednn import Conv2d, GatedLinear, Linear, Packed
+from ldm.memory import free_blocks, keep_large_blocks, put_aside
 from ldm.models.attention import Attention, PixelAttention, SpatialTransformer, TransformerBlock
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.layers import ResnetBlock, Upsample, timestep_embedding

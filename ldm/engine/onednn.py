@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.engine.memory import drop_pages
+from ldm.memory import drop_pages
 
 _ops: Any = torch.ops.mkldnn
 _OPERATORS = (

@@ -28,8 +28,8 @@ from ldm.data.order import Place, micro_batches
 from ldm.data.sample import DataSource
 from ldm.data.streams import StreamedShards
 from ldm.engine import has_amx
-from ldm.engine.memory import keep_large_blocks
 from ldm.errors import ConfigError, LdmError, suggest
+from ldm.memory import keep_large_blocks
 from ldm.models.unet import UNet
 from ldm.training.config import STAGES, TrainingConfig, UNetTraining, learning_rate_at
 from ldm.training.data import make_order, open_data

@@ -85,7 +85,9 @@ def disturbed(job, folder):
 def test_both_sides_compute_the_same_and_a_disturbed_weight_is_an_error(job, tmp_path, name):
     own = job(name, tmp_path)
     [theirs], [ours] = turns(own, "diffusers"), turns(own, "ldm")
-    found = check(own, {"ldm": Said(ours), "diffusers": Said(theirs)})  # type: ignore[dict-item]
+    said = {"ldm": Said(ours), "diffusers": Said(theirs)}
+    found, seconds = check(own, said)  # type: ignore[arg-type]
+    assert seconds == {"ldm": ours.seconds, "diffusers": theirs.seconds}
     assert found["ldm"][1] <= found["ldm"][0] < 1e-4 and found["diffusers"] == (0, 0)
     (tmp_path / "again").mkdir()
     other = disturbed(replace(own, scratch=tmp_path / "again"), tmp_path / "disturbed")
@@ -98,7 +100,7 @@ def test_half_precision_is_judged_by_diffusers_own_distance_from_float32(job, tm
     own = job("unet", tmp_path, "bf16")
     said = {v: turns(own, v)[0] for v in ("ldm", "diffusers", "diffusers fp32")}
     assert len({turn.output[0].tobytes() for turn in said.values()}) == 3
-    found = check(own, {v: Said(turn) for v, turn in said.items()})  # type: ignore[misc]
+    found, _ = check(own, {v: Said(turn) for v, turn in said.items()})  # type: ignore[misc]
     assert found["diffusers fp32"] == (0, 0) and 1e-4 < found["diffusers"][1] < 1e-2
     pairs = zip(said["diffusers fp32"].output, said["diffusers"].output, strict=True)
     farther = [exact + 1.2 * (rounded - exact) for exact, rounded in pairs]

@@ -300,6 +300,14 @@ def test_tensors_and_dtypes_travel(tmp_path):
     assert to_dtype(tensors, None)["a"].dtype == torch.bfloat16
 
 
+def test_casting_what_a_file_holds_loses_nothing_of_either(tmp_path):
+    tensors = {"w": torch.randn(512, 1024)}  # many pages, which leave memory and come back
+    write_tensors(tmp_path / "w.safetensors", tensors)
+    read = read_tensors(tmp_path / "w.safetensors")
+    half = to_dtype(read, torch.float16)
+    assert torch.equal(half["w"], tensors["w"].half()) and torch.equal(read["w"], tensors["w"])
+
+
 @pytest.mark.parametrize(
     "damage", [b"", b"not tensors", (1 << 60).to_bytes(8, "little"), None], ids=str
 )

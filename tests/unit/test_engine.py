@@ -1,5 +1,6 @@
 """Every engine computes what the plain modules do, and gives their weights back to the bit."""
 
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 
@@ -95,6 +96,21 @@ def test_kept_text_is_that_of_the_context(operators):
     changed = fast(x, t, context)
     assert distance(changed, unet(x, t, context)) < 1e-5 < 1e-2 < distance(changed, first)
     assert torch.equal(fast(x, t, -context), first)
+
+
+@torch.no_grad()
+def test_threads_may_draw_at_the_same_time(monkeypatch):
+    """Weights are packed when they are first used, and anew for other shapes and contexts."""
+    set_sizes(monkeypatch, True)
+    unet = make(UNet, UNET)
+    batches = [inputs(UNET, b=b, k=2, size=size) for b in (1, 2) for size in ((8, 8), (8, 12))]
+    expected = [unet(*batch) for batch in batches]
+    for _ in range(5):
+        fast = prepare(deepcopy(unet), take=True)
+        with ThreadPoolExecutor(len(batches)) as threads:
+            found = list(threads.map(fast, *zip(*batches * 4, strict=True)))
+        for a, b in zip(found, expected * 4, strict=True):
+            assert distance(a, b) < 1e-5
 
 
 @torch.no_grad()

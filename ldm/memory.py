@@ -53,7 +53,8 @@ def put_aside(tensor: Tensor) -> None:
 
 
 def _advise(tensor: Tensor, advice: int | None) -> None:
-    if (madvise := getattr(_libc(), "madvise", None)) and advice is not None:
+    madvise = getattr(_libc(), "madvise", None) if tensor.device.type == "cpu" else None
+    if madvise and advice is not None:
         page = mmap.PAGESIZE
         begin = -(-tensor.data_ptr() // page) * page  # only whole pages, which are all its own
         end = (tensor.data_ptr() + tensor.nbytes) // page * page
