@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.memory import drop_pages
+from ldm.memory import drop_pages, free_blocks
 
 _ops: Any = torch.ops.mkldnn
 _OPERATORS = (
@@ -88,6 +88,8 @@ class Packed(nn.Module):
             for each in lent if self._lenders else ():
                 if weight.is_mkldnn or weight.data_ptr() != each.data_ptr():
                     drop_pages(each)
+            if not lent:
+                free_blocks()  # where the weight has been, before the next one moves
             return weight
 
     def pack(self, weight: Tensor, shape: Any) -> Tensor:
