@@ -3,7 +3,7 @@
     parent: Worker.turn(point) --point--> worker: `for point in pace: pace.output = work(point)`
                                <--Turn---
 
-The clock runs in the worker from the point's arrival to the next call of the pace. Imports no
+The clock runs in the worker from the point's arrival until the turn's work is done. Imports no
 torch before a side does: a new process is part of what is measured.
 """
 
