@@ -319,14 +319,14 @@ def _parameters(record: dict[str, Any]) -> str:
 
 
 def _dtype(options: Namespace) -> str:
-    from ldm.engine import has_amx
+    from ldm.engine.processor import half_pays
 
     cpu = find_device(options.device) == "cpu"
     match options.dtype:
         case "half":
             return "bf16" if cpu else "fp16"
         case "auto":
-            return "bf16" if cpu and has_amx() else "fp32"
+            return "bf16" if cpu and half_pays() else "fp32"
         case dtype:
             return dtype
 

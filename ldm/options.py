@@ -134,7 +134,7 @@ def add_options(parser: Parser, outdir: str) -> None:
     add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="may be repeated")
     add("--textual_inversion", action="append", default=[], metavar="FILE", help="may be repeated")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="computed in; auto: bf16 on a"
-        " CPU with AMX, which is far faster at it, else fp32")  # fmt: skip
+        " CPU that is faster at it than at fp32, else fp32")  # fmt: skip
     add("--engine", choices=get_args(EngineName), default="fast", help="what computes: the plain"
         " modules, the same prepared for the device, or compiled for it")  # fmt: skip
     add("--precision", dest="dtype", action=_Precision, choices=["full", "autocast"],

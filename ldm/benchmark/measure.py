@@ -57,12 +57,12 @@ def measure(job: Job, scratch: Path, work_dir: Path, say: Callable[[str], None])
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(job, name)) for name in job.variants}
         say(f"{job.name}: comparing results")
-        differences, built = check(job, workers)
+        differences, warm_up = check(job, workers)
         results = []
         for point in points:
             turns: dict[str, list[Turn]] = {name: [] for name in workers}
-            if results or job.case.trains:  # else the check was the first, whole
-                built = {name: worker.turn(point).seconds for name, worker in workers.items()}
+            if results or job.case.trains:  # else the check has warmed up
+                warm_up = {name: worker.turn(point).seconds for name, worker in workers.items()}
             for number in range(job.rounds):
                 say(f"{job.name}: {label(asdict(point))}, round {number + 1} of {job.rounds}")
                 for name, worker in workers.items():
@@ -70,7 +70,7 @@ def measure(job: Job, scratch: Path, work_dir: Path, say: Callable[[str], None])
                 for n in (128,) if job.size == "tiny" else SIDES:
                     rates.setdefault(n, []).append(_matrix_seconds(job, n))
             results.append(asdict(point) | {"flop": flop(job, point)} | figures(turns))
-            results[-1]["warm_up"] = built
+            results[-1]["warm_up"] = warm_up
         opened = {name: worker.opened.seconds for name, worker in workers.items()}
     rate = max(2 * n**3 / median(seconds) for n, seconds in rates.items())
     for own in results:
@@ -89,9 +89,9 @@ def figures(turns: Mapping[str, Sequence[Turn]]) -> dict[str, Any]:
     """What the turns of a point come to, by variant.
 
     Returns:
-        `seconds` of every round and their `median`; `ratio`, pair by pair: how often the first
-        variant's turn fits into another's of the same round, as median, least and greatest;
-        `memory`, the peak in bytes; `outside`, a share of the step.
+        `seconds` of every round and their `median`; `ratio`, a variant's seconds divided by the
+        first's of the same round, as median, least and greatest; `memory`, the peak in bytes;
+        `outside`, a share of the step.
     """
     first = next(iter(turns))
     seconds = {name: [turn.seconds for turn in own] for name, own in turns.items()}
@@ -135,10 +135,10 @@ def check(
                 turns[name] = worker.turn(point)
     exact = turns[reference].output
     found = {n: difference(turn.output, exact) for n, turn in turns.items() if turn.output}
+    half = job.dtype != "fp32"
+    limit = HALF * found["diffusers"][1] if half else job.case.tolerance
     for name, (greatest, average) in found.items():
-        half = job.dtype != "fp32"
         kind, value = ("average", average) if half else ("greatest", greatest)
-        limit = HALF * found["diffusers"][1] if half else job.case.tolerance
         if name.startswith("ldm") and not value <= limit:
             raise LdmError(
                 f"{job.name}: {name} does not compute what {reference} does: the {kind} difference"
@@ -183,10 +183,9 @@ def _matrix_seconds(job: Job, side: int) -> float:
 def _machine(job: Job) -> str:
     import torch
 
+    from ldm.engine.processor import cpuinfo
+
     if job.device.startswith("cuda"):
         return torch.cuda.get_device_name(job.device)
-    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    isa = torch.backends.cpu.get_cpu_capability()
-    return f"{(names or [cpu])[0]}, {isa}, {torch.get_num_threads()} threads"
+    name = cpuinfo("model name") or platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import ldm.models
 from ldm.checkpoint.io import atomic_file, tensors_sha256
 from ldm.engine import gpu
+from ldm.engine.processor import cpuinfo
 from ldm.engine.shapes import Network, PerShape, TwoWays
 from ldm.errors import ConfigError
 from ldm.models.autoencoder import AutoencoderKL
@@ -63,7 +64,7 @@ class Compiled(PerShape):
         _make_private(self.cache)
         args = _contiguous(args)
         file = self.cache / f"{self.key(args)}.pt2"
-        if file.exists():
+        if file.exists() and _is_private(file):
             try:
                 return _load(file)
             except RuntimeError:
@@ -147,12 +148,17 @@ def default_cache() -> Path:
 def _make_private(folder: Path) -> None:
     """Make the folder; refuse one where somebody else can put code that we would execute."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+    if not _is_private(folder):
         raise ConfigError(
             f"{folder}: others can write there, and compiled networks are executed; make it your"
             " own and run chmod 700 on it, or set XDG_CACHE_HOME"
         )
+
+
+def _is_private(path: Path) -> bool:
+    """Whether nobody else has made it or can write to it, as far as this system tells."""
+    found = path.stat()
+    return not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
 
 
 def _load(file: Path) -> Network:
@@ -173,10 +179,7 @@ def _device(arg: Tensor | None) -> tuple[object, ...]:
     if arg is not None and _is_cuda(arg):
         return torch.cuda.get_device_properties(arg.device).name, torch.version.cuda
     # inductor compiles for the very processor, and for this number of threads
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
-    return flags, torch.get_num_threads()
+    return cpuinfo("flags", "Features") or platform.processor(), torch.get_num_threads()
 
 
 def _is_cuda(arg: Tensor | None) -> bool:

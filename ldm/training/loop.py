@@ -27,7 +27,7 @@ from ldm.checkpoint.io import recover
 from ldm.data.order import Place, micro_batches
 from ldm.data.sample import DataSource
 from ldm.data.streams import StreamedShards
-from ldm.engine import has_amx
+from ldm.engine.processor import half_pays
 from ldm.errors import ConfigError, LdmError, suggest
 from ldm.memory import keep_large_blocks
 from ldm.models.unet import UNet
@@ -197,8 +197,8 @@ class Run:
         log = Log(accelerator, config, state.step, self.tracker)
         log.say(self.summary())
         x86 = accelerator.device.type == "cpu" and machine() in ("x86_64", "AMD64")
-        if x86 and config.mixed_precision == "bf16" and not has_amx():
-            log.say("this CPU has no AMX, so float32 may well be faster: try --mixed_precision no")
+        if x86 and config.mixed_precision == "bf16" and not half_pays():
+            log.say("on this CPU float32 may well be faster than bf16: try --mixed_precision no")
         with log.bar, self.loader() as loader:
             while state.step < config.max_train_steps:
                 began = time.perf_counter()
