@@ -26,6 +26,8 @@ SamplerName = Literal[
 
 EngineName = Literal["plain", "fast", "compiled"]
 """What computes: the modules as they are; the same, prepared for the device; or built for it."""
+GradientCheckpointing = bool | Literal["selective"]
+"""What training recomputes in its backward pass: all or nothing, or only what costs little."""
 
 
 @dataclass(frozen=True)

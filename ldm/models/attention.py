@@ -154,12 +154,12 @@ class PixelAttention(Attention):
 
 def to_rows(x: Tensor) -> Tensor:
     """Feature map `b c h w` to pixels in a row `b h*w c`; no copy where x is channels-last."""
-    return rearrange(x, "b c h w -> b (h w) c")
+    return x.flatten(2).transpose(1, 2)  # b h*w c
 
 
 def to_map(x: Tensor, size: tuple[int, ...]) -> Tensor:
     """Pixels in a row `b h*w c` to a feature map `b c h w`, `size` being h and w."""
-    return rearrange(x, "b (h w) c -> b c h w", h=size[0])
+    return x.transpose(1, 2).unflatten(2, size)  # b c h w
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class AutoencoderKL(Recomputing):
 
     Attributes:
         config: its shape.
-        gradient_checkpointing: recompute activations in training instead of keeping them.
+        gradient_checkpointing: recompute activations in training; see `Recomputing`.
     """
 
     def __init__(self, config: AutoencoderConfig):

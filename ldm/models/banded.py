@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
-from ldm.models.layers import Downsample, ResnetBlock, Upsample
+from ldm.models.layers import Downsample, ResnetBlock, Upsample, normalisation_of
 
 
 @dataclass
@@ -49,14 +49,8 @@ class Features:
 
     def normalisation(self, norm: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
         """`norm` of the whole pictures, for any of their rows."""
-        b, c = self.mean.shape
-        grouped = (b, norm.num_groups, -1)
-        mean = self.mean.reshape(grouped).mean(2, keepdim=True)  # b groups 1
-        var = self.square.reshape(grouped).mean(2, keepdim=True) - mean**2
-        scale = (var + norm.eps).rsqrt() * norm.weight.double().cpu().reshape(1, *grouped[1:])
-        shift = norm.bias.double().cpu().reshape(1, *grouped[1:]) - mean * scale
-        device = norm.weight.device
-        scale, shift = (x.reshape(b, c, 1, 1).float().to(device) for x in (scale, shift))
+        moments = normalisation_of(norm, self.mean, self.square)
+        scale, shift = (each.to(norm.weight.device) for each in moments)
         return lambda rows: torch.addcmul(shift, rows.float(), scale).to(rows.dtype)
 
 

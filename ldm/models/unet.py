@@ -40,7 +40,7 @@ class UNet(Recomputing):
 
     Attributes:
         config: its shape.
-        gradient_checkpointing: recompute activations in training instead of keeping them.
+        gradient_checkpointing: recompute activations in training; see `Recomputing`.
     """
 
     def __init__(self, config: UNetConfig):

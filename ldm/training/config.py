@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ldm.config import AutoencoderConfig, ClipConfig, Prediction, ScheduleConfig, UNetConfig
+from ldm.config import (
+    AutoencoderConfig,
+    ClipConfig,
+    GradientCheckpointing,
+    Prediction,
+    ScheduleConfig,
+    UNetConfig,
+)
 from ldm.errors import ConfigError
 
 
@@ -66,7 +73,8 @@ class TrainingConfig:
         mixed_precision: what the forward pass computes in; weights are always float32.
         on_non_finite: a step with an infinite or undefined loss or gradient never changes the
             weights: it is left out and counted (`skip`; ten in a row end the run), or ends the run.
-        gradient_checkpointing: recompute activations instead of keeping them.
+        gradient_checkpointing: recompute activations instead of keeping them: all (`true`), in a
+            third more time and least memory, or those that cost hardly any time (`selective`).
         torch_compile: compile the trained networks; the first step takes minutes.
         use_ema: save an exponential moving average of the weights as the model.
         ema_decay: of that average, after its own warm-up.
@@ -115,7 +123,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     on_non_finite: Literal["skip", "stop"] = "skip"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: GradientCheckpointing = False
     torch_compile: bool = False
     use_ema: bool = True
     ema_decay: float = 0.999

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL as Reference
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal, kl_divergence
 
-from ldm.config import PRESETS, AutoencoderConfig
+from ldm.config import PRESETS, AutoencoderConfig, GradientCheckpointing
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 
 F8 = AutoencoderConfig(block_out_channels=(16, 32, 64, 64), norm_num_groups=8)
@@ -141,7 +141,8 @@ def test_last_layer_is_the_decoders_last_convolution() -> None:
     assert vae.last_layer is dict(vae.named_parameters())["decoder.conv_out.weight"]
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
+@pytest.mark.parametrize("how", [True, "selective"])
+def test_gradient_checkpointing_changes_no_gradient(how: GradientCheckpointing) -> None:
     vae, _ = pair(F8)
     vae.train()
     images, noise = normal(2, 3, 16, 16).clamp(-1, 1), normal(2, 4, 2, 2)
@@ -153,7 +154,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 
     vae.decoder.mid_block.resnets[0].register_forward_pre_hook(count)
 
-    def gradients(recompute: bool) -> tuple[int, list[Tensor | None]]:
+    def gradients(recompute: GradientCheckpointing) -> tuple[int, list[Tensor | None]]:
         nonlocal calls
         calls = 0
         vae.gradient_checkpointing = recompute
@@ -163,7 +164,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         return calls, [p.grad for p in vae.parameters()]
 
     kept_calls, kept = gradients(False)
-    recomputed_calls, recomputed = gradients(True)
+    recomputed_calls, recomputed = gradients(how)
     assert (kept_calls, recomputed_calls) == (1, 2)
     for ours, theirs in zip(recomputed, kept, strict=True):
         assert ours is not None and theirs is not None

@@ -9,8 +9,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.config import PRESETS, UNetConfig
+from ldm.config import PRESETS, GradientCheckpointing, UNetConfig
 from ldm.models.attention import SpatialTransformer
 from ldm.models.layers import ResnetBlock, timestep_embedding
 from ldm.models.unet import UNet
@@ -169,7 +171,8 @@ def test_timestep_embedding_in_closed_form() -> None:
     torch.testing.assert_close(actual, torch.tensor(expected), atol=5e-5, rtol=0)
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
+@pytest.mark.parametrize("how", [True, "selective"])
+def test_gradient_checkpointing_changes_no_gradient(how: GradientCheckpointing) -> None:
     unet = UNet(OTHER)
     fill(unet)
     x, context = inputs(OTHER)
@@ -181,7 +184,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 
     unet.down_blocks[1].resnets[0].register_forward_pre_hook(count)
 
-    def gradients(recompute: bool, train: bool = True) -> tuple[int, list[Tensor]]:
+    def gradients(recompute: GradientCheckpointing, train: bool = True) -> tuple[int, list[Tensor]]:
         nonlocal calls
         calls = 0
         unet.train(train)
@@ -191,12 +194,33 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         return calls, [p.grad.clone() for p in unet.parameters() if p.grad is not None]
 
     kept_calls, kept = gradients(False)
-    recomputed_calls, recomputed = gradients(True)
+    recomputed_calls, recomputed = gradients(how)
     assert (kept_calls, recomputed_calls) == (1, 2)
-    assert gradients(True, train=False)[0] == 1
+    assert gradients(how, train=False)[0] == 1
     assert len(kept) == len(list(unet.parameters()))
     for ours, theirs in zip(recomputed, kept, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_what_is_recomputed_and_what_is_kept(half: bool) -> None:
+    """Selectively, no product is computed twice, and near half of what is kept goes."""
+    unet = UNet(SD15).train()
+    x, context = inputs(SD15, 2, 16, 16)
+    kept, flop = {}, {}
+    for how in (False, "selective", True):
+        unet.gradient_checkpointing = how
+        with FlopCounterMode(display=False) as counter:
+            with (
+                profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record,
+                torch.autocast("cpu", torch.bfloat16, enabled=half),
+            ):
+                output = unet(x, torch.tensor([3, 981]), context)
+            output.float().sum().backward()
+        flop[how] = counter.get_total_flops()
+        kept[how] = sum(event.self_cpu_memory_usage for event in record.key_averages())
+    assert flop["selective"] == flop[False] < 0.85 * flop[True]
+    assert kept[True] < 0.5 * kept["selective"] < 0.35 * kept[False]
 
 
 @torch.no_grad()
