@@ -21,11 +21,11 @@ def _libc() -> Any:
 
 @cache
 def keep_large_blocks() -> None:
-    """Have the C library keep large blocks for their next use, which then are there without faults.
+    """Have the C library keep freed blocks of up to 64 MiB for their next use.
 
     Activations of many megabytes come and go with every layer; by default the kernel maps and
-    clears each anew. The largest are left to it: kept, they would tear holes into the heap that
-    the next one does not fit.
+    clears each anew. Larger ones still go back to it: kept, they would tear holes into the heap
+    that the next one does not fit.
     """
     if mallopt := getattr(_libc(), "mallopt", None):  # of glibc
         m_trim_threshold, m_mmap_threshold = -1, -3
@@ -48,7 +48,7 @@ def drop_pages(tensor: Tensor) -> None:
 
 
 def put_aside(tensor: Tensor) -> None:
-    """Let the kernel take out of memory what it can read from a file again, should somebody ask."""
+    """Have the kernel take out of memory what it reads from its file again, should anybody ask."""
     _advise(tensor, 21 if sys.platform == "linux" else None)  # MADV_PAGEOUT
 
 

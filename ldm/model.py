@@ -32,19 +32,19 @@ from ldm.models.unet import UNet
 
 logger = logging.getLogger(__name__)
 
-Network = TypeVar("Network", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module)
 
 
-class _Part(Generic[Network]):
+class _Part(Generic[Module]):
     """A network that an engine works for: who asks for it gets it with its weights in it."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, model: Model, owner: type) -> Network:
+    def __get__(self, model: Model, owner: type) -> Module:
         return model._engines[self.name].lend()  # type: ignore[return-value]
 
-    def __set__(self, model: Model, network: Network) -> None:
+    def __set__(self, model: Model, network: Module) -> None:
         model._engines[self.name] = Engine(network, model.engine)
         setattr(model, f"_{self.name}", network)
 
@@ -65,7 +65,8 @@ class Model:
         ConfigError: the parts do not fit each other.
     """
 
-    # Outside, the networks with their weights; inside, `_unet` and `_vae`, which may be without.
+    # These hand the networks out, with their weights. `_unet` and `_vae` are the same modules,
+    # whose weights an engine may have just now: for their configuration, device and dtype.
     unet = _Part[UNet]()
     vae = _Part[AutoencoderKL]()
     _unet: UNet
@@ -82,7 +83,7 @@ class Model:
         engine: EngineName = "fast",
     ):
         check_parts(unet, vae, text_encoder, schedule)
-        self.engine: EngineName = engine
+        self._engine: EngineName = engine
         self._engines: dict[str, Engine] = {}
         self._exact = True
         self.unet, self.vae, self.text_encoder, self.schedule = unet, vae, text_encoder, schedule
@@ -190,6 +191,17 @@ class Model:
         for model in (self._unet, self._vae, self.text_encoder):
             model.to(*args, **options)
         return self
+
+    @property
+    def engine(self) -> EngineName:
+        """What computes, as of `Model`; another one begins with the next picture."""
+        return self._engine
+
+    @engine.setter
+    def engine(self, name: EngineName) -> None:
+        self._release()
+        made = {p: Engine(each.network, name, own=each.own) for p, each in self._engines.items()}
+        self._engine, self._engines = name, made
 
     @property
     def device(self) -> torch.device:

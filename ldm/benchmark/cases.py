@@ -33,7 +33,7 @@ class Case:
         steps: of the sampler, unless told; None for work that has none.
         side: of the pictures in pixels, unless told; 0 for the model's own.
         batch: pictures at a time, unless told.
-        times: that a turn does it; short work is not measured alone.
+        times: that a turn repeats it; the mean counts, as short work is not measured alone.
         variants: who can do it.
         tolerance: greatest difference in fp32, relative to the largest value.
         trains: whether it is a step of training, which has one shape.
@@ -83,7 +83,7 @@ class Point:
         width: likewise.
         batch: pictures at a time.
         steps: of the sampler; None for work that has none.
-        times: that a turn does it.
+        times: that a turn repeats it.
         check: hand back the numbers, unrounded, to compare them.
     """
 
@@ -103,8 +103,8 @@ class Job:
         name: of the case.
         size: of the model.
         dtype: fp32, bf16 or fp16.
-        device: as torch calls it; cuda if there is one, else cpu, for None, until `measure`.
-        variants: who is compared, the others with the first; none for the usual ones, likewise.
+        device: torch's name of it; None until `measure` finds it: cuda if there is one, else cpu.
+        variants: who is compared, the others with the first; none until `measure` knows the usual.
         points: the shapes, one after the other.
         rounds: in each of which everyone takes a turn.
         folder: the model, once it is there.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.benchmark.cases import ENGINES, Job, Point
-from ldm.benchmark.models import SHAPES, TOKENS
+from ldm.benchmark.models import SHAPES, TOKENS, latent_shape
 from ldm.benchmark.worker import Pace
 
 PROMPT, NEGATIVE, GUIDANCE = "a red flower", "", 7.5
@@ -106,20 +106,16 @@ class Inputs:
     """The same numbers for everyone: drawn in float32 on the CPU, then cast and moved, once."""
 
     def __init__(self, job: Job, variant: str):
-        self.place = {"device": job.device, "dtype": job.torch_dtype(variant)}
-        self.preset = SHAPES[job.size][0]
-        self.latents, self.context = cache(self._latents), cache(self._context)
+        place: Any = {"device": job.device, "dtype": job.torch_dtype(variant)}
+        width = SHAPES[job.size][0].unet.cross_attention_dim
 
-    def _latents(self, point: Point) -> Tensor:
-        """Noise, b l h w."""
-        f = self.preset.vae.downsample_factor
-        shape = point.batch, self.preset.vae.latent_channels, point.height // f, point.width // f
-        return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(**self.place)
+        @cache
+        def normal(seed: int, *shape: int) -> Tensor:
+            return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(**place)
 
-    def _context(self, point: Point) -> Tensor:
-        """Contexts of as many negative prompts and prompts, 2b n d."""
-        shape = 2 * point.batch, TOKENS, self.preset.unet.cross_attention_dim
-        return torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(**self.place)
+        # noise, b l h w; and contexts of as many negative prompts and prompts, 2b n d
+        self.latents = lambda point: normal(1, *latent_shape(job, point))
+        self.context = lambda point: normal(2, 2 * point.batch, TOKENS, width)
 
 
 def _turns(works: list[Work], job: Job) -> Callable[[Pace], None]:

@@ -87,6 +87,13 @@ def model_folder(size: str, work_dir: Path) -> Path:
     return folder
 
 
+def latent_shape(job: Job, point: Point) -> tuple[int, int, int, int]:
+    """Of the latents of a point, b l h w."""
+    vae = SHAPES[job.size][0].vae
+    h, w = (side // vae.downsample_factor for side in (point.height, point.width))
+    return point.batch, vae.latent_channels, h, w
+
+
 def flop(job: Job, point: Point) -> int:
     """Floating-point operations of the work by the plain networks; a multiply-add is two.
 
@@ -94,9 +101,8 @@ def flop(job: Job, point: Point) -> int:
     work that consists of other things.
     """
     preset, text = SHAPES[job.size]
-    b, factor = point.batch, preset.vae.downsample_factor
+    b, *latents = latent_shape(job, point)
     height, width = point.height, point.width
-    latents = preset.vae.latent_channels, height // factor, width // factor
 
     def unet(b: int) -> Tensor:
         context = torch.empty(b, TOKENS, preset.unet.cross_attention_dim)

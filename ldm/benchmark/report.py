@@ -15,9 +15,6 @@ from ldm.errors import ConfigError
 
 Result = Mapping[str, Any]
 
-HEADER = """\
-| | against | ldm | other | times as fast (of each round) | peak memory |
-|---|---|---|---|---|---|"""
 COLORS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#65a30d")
 
 
@@ -68,7 +65,10 @@ def what(result: Result) -> str:
 
 def markdown(results: Sequence[Result]) -> list[str]:
     """A table with a row for each other variant, and the commands that made it."""
-    rows = HEADER.splitlines()
+    rows = [
+        "| work | diffusers | ldm's time | its time | times as fast | memory |",
+        "|---" * 6 + "|",
+    ]
     for result in results:
         first, *others = result["variants"]
         for point in result["points"]:
@@ -119,9 +119,9 @@ def plot(results: Sequence[Result], file: Path) -> None:
     for point in sorted(points, key=lambda point: point[axis]):
         for name, seconds in point["median"].items():
             series.setdefault(name, []).append((point[axis], seconds))
-    result, other = results[0], {k: v for k, v in points[0].items() if k != axis}
-    fixed = f"{other['steps']} steps" if axis == "height" else f"{other['width']} px"
-    fixed = f", {fixed}" if other.get("steps") or axis == "steps" else ""
+    result, first = results[0], points[0]
+    fixed = f", {first['width']} px" if axis == "steps" else ""
+    fixed = f", {first['steps']} steps" if axis == "height" and first["steps"] else fixed
     title = f"{what(result)}, {result['device']}{fixed}"
     chart(series, title, "steps" if axis == "steps" else "picture side, pixels").save(file)
 

@@ -21,13 +21,12 @@ IMPORT = "from diffusers import StableDiffusionPipeline"
 DRAW = """
 import sys, torch
 from diffusers import StableDiffusionPipeline
-model, dtype, device, steps, scale, file = sys.argv[1:]
+model, dtype, device, prompt, steps, scale, file = sys.argv[1:]
 dtype = {} if dtype == "float32" else {"torch_dtype": getattr(torch, dtype)}
 pipe = StableDiffusionPipeline.from_pretrained(model, **dtype).to(device)
 side, generator = pipe.unet.config.sample_size, torch.Generator().manual_seed(42)
 latents = torch.randn(1, 4, side, side, generator=generator).to(device, pipe.unet.dtype)
-result = pipe("a red flower", num_inference_steps=int(steps), guidance_scale=float(scale),
-              latents=latents)
+result = pipe(prompt, num_inference_steps=int(steps), guidance_scale=float(scale), latents=latents)
 result.images[0].save(file)
 """
 
@@ -48,8 +47,8 @@ def side(job: Job, variant: str) -> Callable[[Pace], None]:
     else:
         own = json.loads((job.folder / "model_index.json").read_text())["_ldm"]["defaults"]
         scale = str(own["guidance_scale"])
-        command = [str(job.folder), DTYPES[dtype], job.device, STEPS, scale, str(png)]
-        command = ["-c", DRAW, *command]
+        command = ["-c", DRAW, str(job.folder), DTYPES[dtype], job.device, PROMPT, STEPS, scale]
+        command.append(str(png))
 
     def turns(pace: Pace) -> None:
         folder.mkdir()

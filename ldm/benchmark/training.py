@@ -5,7 +5,8 @@ Legend: b batch, l h w latents, n d tokens and width of the context, H W picture
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ldm.benchmark.cases import Job
-from ldm.benchmark.models import SHAPES, TOKENS
+from ldm.benchmark.models import SHAPES, TOKENS, latent_shape
 from ldm.benchmark.worker import Pace
 
 PRECISION: dict[str, Any] = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -31,7 +32,7 @@ def ours(job: Job, variant: str) -> Callable[[Pace], None]:
     from ldm.training.samples import Batch, Loader
     from ldm.training.stop import Stop
 
-    [point], unet = job.points, job.work == "train_unet"
+    [point], is_unet = job.points, job.work == "train_unet"
     options: dict[str, Any] = {
         "pretrained_model_name_or_path": str(job.folder),
         "output_dir": job.scratch / variant,
@@ -48,7 +49,7 @@ def ours(job: Job, variant: str) -> Callable[[Pace], None]:
         "torch_compile": variant == "ldm compiled",
         "report_to": None,
     }
-    config = UNetTraining(**options, cache_latents=True) if unet else VaeTraining(**options)
+    config = UNetTraining(**options, cache_latents=True) if is_unet else VaeTraining(**options)
 
     class Paced(Run):
         def read(self, loader: Loader) -> tuple[list[Batch], list[str]]:
@@ -59,7 +60,7 @@ def ours(job: Job, variant: str) -> Callable[[Pace], None]:
         def checked(self) -> list[Tensor]:
             [(name, module)] = self.stage.players.items()
             batch = _checked_batch(job, self.accelerator.device)
-            if unet:
+            if is_unet:
                 moments = batch["latents"] / self.stage.vae.config.scaling_factor  # type: ignore
                 batch["moments"] = torch.cat([moments, torch.full_like(moments, -30)], 1)
                 batch["posterior_noise"] = torch.zeros_like(moments)
@@ -99,9 +100,8 @@ def theirs(job: Job, variant: str) -> Callable[[Pace], None]:
     from transformers import CLIPTextModel
 
     [point], is_unet = job.points, job.work == "train_unet"
-    half = variant != "diffusers fp32"
     accelerator = Accelerator(
-        mixed_precision=PRECISION[job.dtype] if half else "no",
+        mixed_precision=PRECISION["fp32" if variant == "diffusers fp32" else job.dtype],
         cpu=not job.device.startswith("cuda"),
     )
     kind: Any = UNet2DConditionModel if is_unet else AutoencoderKL
@@ -143,7 +143,7 @@ def theirs(job: Job, variant: str) -> Callable[[Pace], None]:
 
     def loss_of(batch: list[Tensor]) -> Tensor:
         if not is_unet:
-            noise = torch.randn(_latent_shape(job), device=accelerator.device)
+            noise = torch.randn(latent_shape(job, point), device=accelerator.device)
             return vae_loss(batch[0], noise)
         latents, context = encoded(*batch) if frozen else batch
         noise = torch.randn_like(latents)
@@ -158,13 +158,14 @@ def theirs(job: Job, variant: str) -> Callable[[Pace], None]:
         return _checked(loss, module, accelerator)
 
     def turns(pace: Pace) -> None:
-        batches, seen = _endless(loader), 0.0
+        batches, seen = chain.from_iterable(repeat(loader)), 0.0  # batches without end
         for point in pace:
             if point.check:
                 pace.output = checked()
                 continue
             with accelerator.accumulate(module):
                 loss = loss_of(next(batches))
+                # for the script's log, which waits for the device in each step
                 seen += accelerator.gather(loss.repeat(len(data) // BATCHES)).mean().item()  # type: ignore
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -177,16 +178,10 @@ def theirs(job: Job, variant: str) -> Callable[[Pace], None]:
     return turns
 
 
-def _latent_shape(job: Job) -> tuple[int, ...]:
-    [point], vae = job.points, SHAPES[job.size][0].vae
-    f = vae.downsample_factor
-    return point.batch, vae.latent_channels, point.height // f, point.width // f
-
-
 def _data(job: Job, variant: str) -> TensorDataset:
     """What the other loop reads: (latents, context), (images, tokens), or images alone."""
     [point], (preset, text) = job.points, SHAPES[job.size]
-    n, *latent = BATCHES * point.batch, *_latent_shape(job)[1:]
+    n, *latent = BATCHES * point.batch, *latent_shape(job, point)[1:]
     images = torch.rand(n, 3, point.height, point.width) * 2 - 1
     if variant == "diffusers images":
         return TensorDataset(images, torch.randint(0, text.vocab_size, (n, TOKENS)))
@@ -196,15 +191,10 @@ def _data(job: Job, variant: str) -> TensorDataset:
     return TensorDataset(torch.randn(n, *latent), context)
 
 
-def _endless(loader: Any) -> Iterator[list[Tensor]]:
-    while True:
-        yield from loader
-
-
 def _checked_batch(job: Job, device: Any) -> dict[str, Tensor]:
     """One batch that is the same on both sides."""
     [point], generator = job.points, torch.Generator().manual_seed(0)
-    b, *latent = _latent_shape(job)
+    b, *latent = latent_shape(job, point)
     width = SHAPES[job.size][0].unet.cross_attention_dim
 
     def normal(*shape: int) -> Tensor:

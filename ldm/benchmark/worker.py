@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,7 +34,8 @@ class Turn(NamedTuple):
 
     Attributes:
         seconds: it took to do the work once; the first, to open the model.
-        memory: the process's peak until now, in bytes: of a GPU's memory, where it works on one.
+        memory: the process's peak since another point ended, opening included where this is the
+            first, in bytes; of a GPU's memory, where it works on one.
         outside: of training, the share of the seconds outside of forward and backward pass,
             optimizer (and the gradient's norm that it needs) and average; None where not known.
         output: float32 arrays, of a turn that is to be checked.
@@ -46,11 +48,13 @@ class Turn(NamedTuple):
 
 
 class Pace:
-    """The worker's end: the point of a turn, as often as it says, then that of the next turn.
+    """The worker's end, an iterator of points: that of a turn `times` times, then the next turn's.
+
+    Who asks for one more has done his work: the `Turn` is sent, and the next point waited for.
 
     Attributes:
         output: what the turn has made: pictures, arrays or tensors.
-        inside: seconds of the turn that were spent where training should.
+        inside: seconds of the turn in methods that are watched; None without any.
     """
 
     def __init__(self, connection: Connection, device: str):
@@ -76,11 +80,13 @@ class Pace:
         seconds /= self.point.times
         output = [_array(item) for item in self.output] if self.point.check else []
         self.connection.send(Turn(seconds, peak_memory(self.cuda), outside, output))
-        self.output, self.inside = [], None
+        self.output, self.inside, last = [], None, self.point
         try:
             self.point = self.connection.recv()
         except EOFError:  # the parent needs no more
             raise SystemExit from None
+        if last.height and replace(self.point, check=False) != replace(last, check=False):
+            forget_peak(self.cuda)
         self.left = self.point.times
         self.began = time.perf_counter()
         return self.point
@@ -118,22 +124,19 @@ class Worker(AbstractContextManager["Worker"]):
         self.process = spawn.Process(target=_serve, args=(far_end, job, variant))
         self.process.start()
         far_end.close()
-        self.opened = self._reply()
-
-    def turn(self, point: Point) -> Turn:
-        """Let it work.
-
-        Raises:
-            LdmError: what it found wrong, or it has died.
-        """
-        return self._reply(point)
+        self.opened = self.turn(None)
 
     def __exit__(self, error: object, *_: object) -> None:
         self.connection.close()
         self.process.join(0 if error else 10)
         self.process.kill()
 
-    def _reply(self, point: Point | None = None) -> Turn:
+    def turn(self, point: Point | None) -> Turn:
+        """Let it work at a point; None waits for its model to be open.
+
+        Raises:
+            LdmError: what it found wrong, or it has died.
+        """
         try:
             if point is not None:
                 self.connection.send(point)
@@ -161,6 +164,16 @@ def peak_memory(cuda: bool) -> int:
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
         own = int(lines["VmHWM"].split()[0]) * 1024
     return max(own, children)
+
+
+def forget_peak(cuda: bool) -> None:
+    """Have `peak_memory` begin anew, where the system can."""
+    if cuda:
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    elif (file := Path("/proc/self/clear_refs")).exists():
+        file.write_text("5")
 
 
 def _serve(connection: Connection, job: Job, variant: str) -> None:

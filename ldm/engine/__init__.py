@@ -6,6 +6,8 @@ is the plain mathematics to rounding.
 
 from __future__ import annotations
 
+from functools import partial
+from threading import RLock
 from typing import Any, get_args
 
 import torch
@@ -37,18 +39,29 @@ class Engine:
         self.network, self.name, self.own = network, name, own
         self._working: Any = None
         self._state: list[int] = []
+        self._leaving = False
+        self._lock = RLock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has the network, and makes its own form of it."""
+        self.release()
+        return partial(Engine, own=self.own), (self.network, self.name)
 
     def lend(self) -> nn.Module:
         """The plain network with its weights, for somebody who may keep and change it."""
-        self.release()
-        self.own = False
-        return self.network
+        with self._lock:
+            if self.own:
+                self.release()
+                self.own = False
+            return self.network
 
     def release(self) -> None:
         """Let the plain network have its weights again, and forget what was made of them."""
-        if self._working not in (None, self.network):
-            self._working.give_back()
-        self._working = None
+        with self._lock:
+            if self._working not in (None, self.network):
+                self._leaving = True  # until done: who is interrupted goes on from there
+                self._working.give_back()
+            self._working, self._leaving = None, False
 
     def ready(self) -> Any:
         """What computes instead of the network, after a look at whether it is still the same.
@@ -57,20 +70,32 @@ class Engine:
         """
         if self.name == "plain":
             return self.network
-        if not self.own and self._working is not None and self._state != state_of(self.network):
-            self.release()
-        if self._working is None:
-            self._working = self._make()
-            self._state = [] if self.own else state_of(self.network)  # as `_make` has left it
-        return self._working
+        with self._lock:
+            made = self._working is not None
+            if self._leaving or (made and not self.own and self._state != self._seen()):
+                self.release()
+            if self._working is None:
+                self._working = self._make()
+                if not self.own:
+                    self._state = self._seen()  # as `_make` has left it
+                elif take := getattr(self._working, "take", None):
+                    take()
+            return self._working
 
     def __call__(self, *args: Any) -> Any:
-        """As the network's own, by what the last `ready` has prepared."""
+        """The network's own call, by what the last `ready` has made, whatever changed since."""
         return (self._working or self.ready())(*args)
+
+    def _seen(self) -> list[int]:
+        # A GPU's own kernels compute with the network's weights, wherever these come from.
+        on_gpu = next(self.network.parameters()).is_cuda
+        return state_of(self.network, places_only=on_gpu and self.name != "compiled")
 
     def _make(self) -> Any:
         network, device = self.network, next(self.network.parameters()).device.type
         if device not in ("cpu", "cuda") or (not self.own and is_altered(network)):
+            return network
+        if is_quantized(network) and device == "cpu" and self.name != "compiled":
             return network
         if self.name == "compiled":
             from ldm.engine.compiled import prepare
@@ -82,41 +107,42 @@ class Engine:
             return prepare(network)
         from ldm.engine.cpu import prepare
 
-        return prepare(network, take=self.own)
+        return prepare(network)
 
 
 def is_altered(network: nn.Module) -> bool:
-    """Whether somebody has put hooks, methods, layers or quantized weights into a network."""
-    if any(type(parameter.data) is not Tensor for parameter in network.parameters()):
-        return True
+    """Whether somebody has put hooks, methods, layers or another padding into a network."""
     return any(
         module._forward_hooks
         or module._forward_pre_hooks
         or "forward" in vars(module)
+        or getattr(module, "padding_mode", "zeros") != "zeros"
         or not type(module).__module__.startswith(("ldm.models.", "torch.nn.modules."))
         for module in network.modules()
     )
 
 
-def state_of(network: nn.Module) -> list[int]:
-    """Numbers that change with any weight of a network: where each lies, and what its bits sum to.
+def is_quantized(network: nn.Module) -> bool:
+    """Whether weights are other than plain tensors."""
+    return any(type(parameter.data) is not Tensor for parameter in network.parameters())
 
-    On a GPU, where an engine computes with the network's own weights, only the places count.
+
+def state_of(network: nn.Module, *, places_only: bool) -> list[int]:
+    """Numbers by which changed weights are noticed: where each lies, and sums of its bits.
+
+    Each row, and each column, counts as often as its number says, so that weights which change
+    places are noticed as well.
     """
-    if is_altered(network):
+    if is_altered(network) or is_quantized(network):
         return []
     weights = [p.detach() for p in network.parameters()]
     places = [weight.data_ptr() for weight in weights]
-    if weights[0].device.type != "cpu":
+    if places_only:
         return places
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [weight.view(bits[weight.element_size()]).sum() for weight in weights]
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = []
+    for weight in weights:
+        bits = weight.view(integers[weight.element_size()]).reshape(len(weight), -1)
+        for line in (bits.sum(0), bits.sum(1)):
+            sums.append((line * torch.arange(1, len(line) + 1, device=line.device)).sum())
     return places + torch.stack(sums).tolist()
-
-
-def has_amx() -> bool:
-    """Whether this CPU multiplies matrices of bfloat16 many times as fast as those of float32.
-
-    AVX512-BF16 alone does not: without AMX, products of bfloat16 took 1.7 times as long.
-    """
-    return torch.cpu._is_amx_tile_supported()

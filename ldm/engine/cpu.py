@@ -21,17 +21,30 @@ from torch import Tensor, nn
 
 from ldm.engine.onednn import Conv2d, GatedLinear, Linear, Packed
 from ldm.memory import free_blocks, keep_large_blocks, put_aside
-from ldm.models.attention import Attention, PixelAttention, SpatialTransformer, TransformerBlock
+from ldm.models.attention import (
+    Attention,
+    PixelAttention,
+    SpatialTransformer,
+    TransformerBlock,
+    to_map,
+    to_rows,
+)
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
-from ldm.models.layers import ResnetBlock, Upsample, timestep_embedding
+from ldm.models.layers import ResnetBlock, Upsample, normalisation_of, timestep_embedding
 from ldm.models.unet import UNet
 
 
 class Prepared(nn.Module):
-    """A network whose weights may be elsewhere meanwhile."""
+    """A fast form, which may take the plain network's weights."""
+
+    def take(self) -> None:
+        """Leave the plain network without the weights that this form computes with."""
+        for part in self.modules():
+            if isinstance(part, Packed | GatedLinear):
+                part.take()
 
     def give_back(self) -> None:
-        """Return the weights that were taken from the plain network; this one is then without."""
+        """Return the weights that were taken; this form cannot compute any more."""
         for part in self.modules():
             if isinstance(part, Packed | GatedLinear):
                 part.give_back()
@@ -52,31 +65,27 @@ class FastGroupNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`b c h w` to `b c h w`."""
-        norm, (b, c, h, w) = self.norm, x.shape
+        h, w = x.shape[2:]
         if x.dtype != torch.float32 or h * w <= self.LARGE:
-            return norm(x)
-        rows, grouped = x.permute(0, 2, 3, 1), (b, norm.num_groups, -1)  # b h w c
+            return self.norm(x)
+        rows = x.permute(0, 2, 3, 1)  # b h w c
         mean = rows.mean(2).double().mean(1)  # b c
         square = torch.linalg.vector_norm(rows, dim=2).double().square().mean(1) / w
-        mean = mean.view(grouped).mean(2, keepdim=True)  # b groups 1
-        var = square.view(grouped).mean(2, keepdim=True) - mean.square()
-        scale = (var + norm.eps).rsqrt() * norm.weight.view(1, *grouped[1:])
-        shift = norm.bias.view(1, *grouped[1:]) - mean * scale
-        scale, shift = (each.float().view(b, c, 1, 1) for each in (scale, shift))
+        scale, shift = normalisation_of(self.norm, mean, square)
         return torch.addcmul(shift, x, scale)
 
 
 class FastResnet(nn.Module):
     """As `ResnetBlock`; its `emb` are the time projections of all blocks, `times` its own part."""
 
-    def __init__(self, block: ResnetBlock, take: bool):
+    def __init__(self, block: ResnetBlock):
         super().__init__()
         self.norm1, self.norm2 = FastGroupNorm(block.norm1), FastGroupNorm(block.norm2)
         self.times = slice(0)
-        self.conv1 = Conv2d(block.conv1, take=take)
-        self.conv2 = Conv2d(block.conv2, take=take)
+        self.conv1 = Conv2d(block.conv1)
+        self.conv2 = Conv2d(block.conv2)
         shortcut = block.conv_shortcut
-        self.shortcut = None if shortcut is None else Linear(shortcut, take=take)
+        self.shortcut = None if shortcut is None else Linear(shortcut)
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """`b c h w` and `b e`, or `1 e` for all pictures, to `b o h w`."""
@@ -90,7 +99,7 @@ class FastResnet(nn.Module):
             h = self.conv1(h, bias=torch.zeros_like(rows[0])).add_(rows[:, :, None, None])
         if self.shortcut is not None:
             x = self.shortcut(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        h = F.silu(self.norm2(h), inplace=True)  # of the same name, which frees what it was
+        h = F.silu(self.norm2(h), inplace=True)  # in h again, which frees the map it was
         return self.conv2(h, other=x)
 
 
@@ -115,9 +124,10 @@ class FastUpsample(nn.Module):
         with torch.device("meta"):
             small = nn.Conv2d(c, 4 * o, 2, padding=1)
         small.weight = nn.Parameter(phases.reshape(4 * o, c, 2, 2).to(weight), requires_grad=False)
-        bias = upsample.conv.bias
-        small.bias = None if bias is None else nn.Parameter(bias.detach().repeat(4), False)
-        self.conv = Conv2d(small, take=True)
+        bias: Any = upsample.conv.bias
+        small.bias = nn.Parameter(bias.detach().repeat(4), requires_grad=False)
+        self.conv = Conv2d(small)
+        self.conv.take()
         put_aside(weight)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -136,13 +146,13 @@ class FastUpsample(nn.Module):
 class FastAttention(nn.Module):
     """As `Attention`, plus what comes in; the text's keys and values are kept for its next call."""
 
-    def __init__(self, attention: Attention, take: bool, *, text: bool = False):
+    def __init__(self, attention: Attention, *, text: bool = False):
         super().__init__()
         self.heads = attention.heads
         q, k, v = attention.to_q, attention.to_k, attention.to_v
-        self.to_q = Linear(q, take=take) if text else Linear(q, k, v, take=take)
-        self.to_kv = Linear(k, v, take=take) if text else None
-        self.to_out = Linear(attention.to_out[0], take=take)  # type: ignore[arg-type]
+        self.to_q = Linear(q) if text else Linear(q, k, v)
+        self.to_kv = Linear(k, v) if text else None
+        self.to_out = Linear(attention.to_out[0])  # type: ignore[arg-type]
         # (context, its keys, its values): in one, for threads that draw at the same time
         self._kept: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -168,14 +178,14 @@ class FastAttention(nn.Module):
 class FastBlock(nn.Module):
     """As `TransformerBlock`."""
 
-    def __init__(self, block: TransformerBlock, take: bool):
+    def __init__(self, block: TransformerBlock):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = block.norm1, block.norm2, block.norm3
-        self.attn1 = FastAttention(block.attn1, take)
-        self.attn2 = FastAttention(block.attn2, take, text=True)
+        self.attn1 = FastAttention(block.attn1)
+        self.attn2 = FastAttention(block.attn2, text=True)
         gated: Any = block.ff.net[0]
-        self.gated = GatedLinear(gated.proj, take=take)
-        self.out = Linear(block.ff.net[2], take=take)  # type: ignore[arg-type]
+        self.gated = GatedLinear(gated.proj)
+        self.out = Linear(block.ff.net[2])  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Pixels `b n c` and contexts `k*b m d` to pixels `k*b n c`."""
@@ -188,57 +198,50 @@ class FastBlock(nn.Module):
 class FastTransformer(nn.Module):
     """As `SpatialTransformer`, whose 1x1 convolutions are linear layers here."""
 
-    def __init__(self, transformer: SpatialTransformer, take: bool):
+    def __init__(self, transformer: SpatialTransformer):
         super().__init__()
         self.norm = FastGroupNorm(transformer.norm)
-        self.proj_in = Linear(transformer.proj_in, take=take)
+        self.proj_in = Linear(transformer.proj_in)
         blocks: Any = transformer.transformer_blocks
-        self.blocks = nn.ModuleList(FastBlock(block, take) for block in blocks)
-        self.proj_out = Linear(transformer.proj_out, take=take)
+        self.blocks = nn.ModuleList(FastBlock(block) for block in blocks)
+        self.proj_out = Linear(transformer.proj_out)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Features `b c h w` and contexts `k*b m d` to features `k*b c h w`."""
-        h, w = x.shape[-2:]
-        rows = self.proj_in(_rows(self.norm(x)))  # b n c
+        rows = self.proj_in(to_rows(self.norm(x)))  # b n c
         for block in self.blocks:
             rows = block(rows, context)
-        out = self.proj_out(rows, other=repeated(_rows(x), len(context)))
-        return out.view(-1, h, w, out.shape[-1]).permute(0, 3, 1, 2)  # k*b c h w
+        out = self.proj_out(rows, other=repeated(to_rows(x), len(context)))
+        return to_map(out, x.shape[-2:])  # k*b c h w
 
 
 class FastPixelAttention(nn.Module):
     """As `PixelAttention`."""
 
-    def __init__(self, attention: PixelAttention, take: bool):
+    def __init__(self, attention: PixelAttention):
         super().__init__()
         self.norm = FastGroupNorm(attention.group_norm)
-        self.attention = FastAttention(attention, take)
+        self.attention = FastAttention(attention)
 
     def forward(self, x: Tensor) -> Tensor:
         """`b c h w` to `b c h w`."""
-        out = self.attention(_rows(self.norm(x)), _rows(x))
-        return out.unflatten(1, tuple(x.shape[-2:])).permute(0, 3, 1, 2)
+        return to_map(self.attention(to_rows(self.norm(x)), to_rows(x)), x.shape[-2:])
 
 
 class FastUNet(Prepared):
     """As `UNet`, whose levels it runs, made of the fast parts."""
 
-    def __init__(self, unet: UNet, take: bool):
+    def __init__(self, unet: UNet):
         super().__init__()
-        blocks = [m for m in unet.modules() if isinstance(m, ResnetBlock)]
-        layers: Any = [block.time_emb_proj for block in blocks]
-        self.time = Linear(*layers, take=take)
-        biases = [block.conv1.bias.detach() for block in blocks if block.conv1.bias is not None]
-        sums = [
-            layer.bias.double() + bias.double() for layer, bias in zip(layers, biases, strict=True)
-        ]
-        self.time.bias = torch.cat(sums).to(biases[0])
-        self.unet: Any = fast(unet, take)
+        blocks: Any = [m for m in unet.modules() if isinstance(m, ResnetBlock)]
+        self.time = Linear(*(block.time_emb_proj for block in blocks))
+        # with the biases of the convolutions, whose place the time takes
+        sums = [b.time_emb_proj.bias.double() + b.conv1.bias.double() for b in blocks]
+        self.time.bias = torch.cat(sums).detach().to(blocks[0].conv1.bias.dtype)
+        self.unet: Any = fast(unet)
         start = 0
-        for part, layer in zip(
-            (m for m in self.unet.modules() if isinstance(m, FastResnet)), layers, strict=True
-        ):
-            part.times = slice(start, start := start + layer.out_features)
+        for part in (m for m in self.unet.modules() if isinstance(m, FastResnet)):
+            part.times = slice(start, start := start + part.conv1.outputs)
         self._context: Tensor | None = None
 
     def forward(
@@ -285,9 +288,9 @@ class FastUNet(Prepared):
 class FastAutoencoder(Prepared):
     """As `AutoencoderKL`, which it runs, made of the fast parts."""
 
-    def __init__(self, vae: AutoencoderKL, take: bool):
+    def __init__(self, vae: AutoencoderKL):
         super().__init__()
-        self.vae: Any = fast(vae, take)
+        self.vae: Any = fast(vae)
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
         """As `AutoencoderKL.encode`."""
@@ -302,42 +305,45 @@ class FastAutoencoder(Prepared):
         return without_gradients(self.vae.decode, latents)
 
 
-def prepare(network: nn.Module, *, take: bool) -> Prepared:
-    """The fast form of a U-Net or an autoencoder; `take` as of `Packed`.
+def prepare(network: nn.Module) -> Prepared:
+    """The fast form of a U-Net or an autoencoder, whose weights stay where they are until `take`.
 
     Nothing in it has gradients: call it where they are off.
     """
     keep_large_blocks()
     if isinstance(network, AutoencoderKL):
-        return FastAutoencoder(network, take)
-    return FastUNet(network, take)  # type: ignore[arg-type]
+        return FastAutoencoder(network)
+    return FastUNet(network)  # type: ignore[arg-type]
 
 
-def fast(module: nn.Module, take: bool) -> nn.Module:
+def fast(module: nn.Module) -> nn.Module:
     """A copy of a network, or of a part of one, in which what is slow is its fast twin."""
     match module:
         case ResnetBlock():
-            return FastResnet(module, take)
+            return FastResnet(module)
         case SpatialTransformer():
-            return FastTransformer(module, take)
+            return FastTransformer(module)
         case PixelAttention():
-            return FastPixelAttention(module, take)
+            return FastPixelAttention(module)
         case Upsample():
             return FastUpsample(module)
         case nn.GroupNorm():
             return FastGroupNorm(module)
         case nn.Conv2d():
-            return Conv2d(module, take=take)
+            return Conv2d(module)
     twin = copy(module)
     twin._modules = {
-        name: None if part is None else fast(part, take) for name, part in module._modules.items()
+        name: None if part is None else fast(part) for name, part in module._modules.items()
     }
     return twin
 
 
 def without_gradients(network: Callable[..., Tensor], *args: Any) -> Tensor:
-    """A call of which torch keeps no record: of the small model's time, a sixth."""
-    with torch.inference_mode():
+    """A call of which torch keeps no record: of the small model's time, a sixth.
+
+    It computes in the network's own dtype under autocast as well, which oneDNN's operators ignore.
+    """
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         out = network(*args)
     return out.clone()  # as any other tensor, which whoever gets it may change
 
@@ -345,7 +351,3 @@ def without_gradients(network: Callable[..., Tensor], *args: Any) -> Tensor:
 def repeated(x: Tensor, rows: int) -> Tensor:
     """A batch as often as makes so many rows: the pictures, once for each of their contexts."""
     return x if len(x) == rows else torch.cat([x] * (rows // len(x)))  # keeps channels last
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).flatten(1, 2)  # b h*w c; a view where x is channels-last

@@ -46,23 +46,25 @@ class Packed(nn.Module):
 
     Args:
         layers: `nn.Linear` or `nn.Conv2d`, of the same inputs.
-        take: leave the layers without weights until `give_back`: memory holds them once.
     """
 
-    def __init__(self, *layers: nn.Linear | nn.Conv2d, take: bool):
+    def __init__(self, *layers: nn.Linear | nn.Conv2d):
         super().__init__()
-        self._lent = [layer.weight.detach() for layer in layers]  # until `fit` has read them
-        self.shapes = [weight.shape for weight in self._lent]
-        dtype = self._lent[0].dtype
-        self.packs, self.small = available(dtype), dtype == torch.float32
+        self._layers, self._taken = layers, False  # in a tuple, which torch does not look into
+        self._unread = [layer.weight.detach() for layer in layers]  # until `fit` reads them
+        self.shapes = [weight.shape for weight in self._unread]
+        self.packs = available(self._unread[0].dtype)
         self.outputs = sum(shape[0] for shape in self.shapes)
         # What the weight is packed for, and the weight: in one, for threads at the same time.
-        self._fit: tuple[object, Tensor] = ("nothing", self._lent[0])
+        self._fit: tuple[object, Tensor] = ("nothing", self._unread[0])
         self._lock = Lock()
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self.bias = torch.cat(biases) if biases else None
-        self._lenders = layers if take else ()  # in a tuple, which torch does not look into
-        for layer in self._lenders:
+
+    def take(self) -> None:
+        """Leave the layers without weights until `give_back`: memory then holds them once."""
+        self._taken = True
+        for layer in self._layers:
             layer.weight.data = layer.weight.new_empty(0)
 
     def arrange(self, weight: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ class Packed(nn.Module):
         raise NotImplementedError
 
     def fit(self, shape: object) -> Tensor:
-        """The weight packed for a shape, or plain for None."""
+        """The weight packed for a shape ("any" for a linear layer), or plain for None."""
         found, weight = self._fit
         return weight if found == shape else self._refit(shape)
 
@@ -79,16 +81,16 @@ class Packed(nn.Module):
             found, weight = self._fit
             if found == shape:
                 return weight
-            lent, self._lent = self._lent, []
-            if lent:
-                weight = self.arrange(torch.cat(lent) if len(lent) > 1 else lent[0])
+            if unread := self._unread:
+                weight = self.arrange(torch.cat(unread) if len(unread) > 1 else unread[0])
             plain = weight.to_dense() if weight.is_mkldnn else weight
             weight = plain if shape is None else self.pack(plain, shape)
             self._fit = (shape, weight)
-            for each in lent if self._lenders else ():
+            self._unread = []  # only now: what is interrupted before has lost nothing
+            for each in unread if self._taken else ():
                 if weight.is_mkldnn or weight.data_ptr() != each.data_ptr():
                     drop_pages(each)
-            if not lent:
+            if not unread:
                 free_blocks()  # where the weight has been, before the next one moves
             return weight
 
@@ -97,15 +99,15 @@ class Packed(nn.Module):
         raise NotImplementedError
 
     def give_back(self) -> None:
-        """Return the weights that were taken, to the bit; this module is then without."""
-        if self._lenders:
+        """Return the weights that were taken, to the bit; this module cannot compute any more."""
+        if self._taken:
             weight, first = self.fit(None), self.shapes[0]
             if weight.ndim < len(first):  # a 1x1 convolution as a linear layer
                 weight = weight[:, :, None, None]
             parts = weight.split([shape[0] for shape in self.shapes])
-            for layer, part in zip(self._lenders, parts, strict=True):
+            for layer, part in zip(self._layers, parts, strict=True):
                 layer.weight.data = part.clone(memory_format=torch.contiguous_format)
-            self._lenders, self._fit = (), (None, weight.new_empty(0))
+            self._taken, self._fit = False, (None, weight.new_empty(0))
 
 
 class Linear(Packed):
@@ -131,7 +133,8 @@ class Linear(Packed):
         `bias` stands in for the layer's own.
         """
         bias = self.bias if bias is None else bias
-        if not self.packs or (self.small and x.numel() * self.outputs < _LARGE):
+        small = x.dtype == torch.float32 and x.numel() * self.outputs < _LARGE
+        if small or not self.packs:
             out = F.linear(x, self.fit(None), bias)
             out = F.gelu(out) if gelu else out
             return out if other is None else getattr(torch, binary)(out, other)
@@ -143,45 +146,51 @@ class Linear(Packed):
 
 
 class GatedLinear(nn.Module):
-    """A linear layer's upper half of outputs, times GELU of the lower; `take` as `Packed`'s."""
+    """The first half of a linear layer's outputs, times GELU of the second."""
 
-    def __init__(self, layer: nn.Linear, *, take: bool):
+    def __init__(self, layer: nn.Linear):
         super().__init__()
         halves = [nn.Linear(1, 1, device="meta") for _ in range(2)]
-        biases = [None, None] if layer.bias is None else layer.bias.detach().chunk(2)
-        for half, weight, bias in zip(halves, layer.weight.detach().chunk(2), biases, strict=True):
-            half.weight = nn.Parameter(weight, requires_grad=False)
-            half.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))
-        self.value, self.gate = (Linear(half, take=take) for half in halves)
-        self._lent = (layer, *halves) if take else ()
-        if take:
-            layer.weight.data = layer.weight.new_empty(0)
+        weights, biases = layer.weight.detach().chunk(2), layer.bias.detach().chunk(2)
+        for half, weight, bias in zip(halves, weights, biases, strict=True):
+            half.weight, half.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
+        self.value, self.gate = (Linear(half) for half in halves)
+        self._layers, self._taken = (layer, *halves), False
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows `... c` to `... o/2`."""
         return self.value(x, other=self.gate(x, gelu=True), binary="mul")
 
+    def take(self) -> None:
+        """As `Packed.take`."""
+        self._taken = True
+        self.value.take()
+        self.gate.take()
+        layer, *_ = self._layers
+        layer.weight.data = layer.weight.new_empty(0)
+
     def give_back(self) -> None:
         """As `Packed.give_back`."""
-        if self._lent:
+        if self._taken:
             self.value.give_back()
             self.gate.give_back()
-            layer, *halves = self._lent
+            layer, *halves = self._layers
             layer.weight.data = torch.cat([half.weight.detach() for half in halves])
-            self._lent = ()
+            self._taken = False
 
 
 class Conv2d(Packed):
     """A convolution, channels last."""
 
-    def __init__(self, conv: nn.Conv2d, *, take: bool):
-        super().__init__(conv, take=take)
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__(conv)
         self.geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
 
     def arrange(self, weight: Tensor) -> Tensor:
         return weight.contiguous(memory_format=torch.channels_last)
 
     def pack(self, weight: Tensor, shape: Any) -> Tensor:
+        # for this very shape: a weight packed for another one takes oneDNN 40 times as long
         return _ops._reorder_convolution_weight(weight, *self.geometry, shape)
 
     def forward(

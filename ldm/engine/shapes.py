@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ class PerShape(ABC):
     def __init__(self, network: Network, keep: int = 4):
         self.network, self.keep = network, keep
         self._made: OrderedDict[object, Network] = OrderedDict()
+        self._lock = Lock()
 
     @abstractmethod
     def make(self, args: tuple[Tensor | None, ...]) -> Network:
@@ -32,14 +34,16 @@ class PerShape(ABC):
 
     @torch.no_grad()
     def __call__(self, *args: Tensor | None) -> Tensor:
-        """As the network."""
+        """As the network, in its own dtype under autocast as well; one thread after the other."""
         key = tuple(None if arg is None else (arg.shape, arg.dtype, arg.device) for arg in args)
-        if key not in self._made:
-            while len(self._made) >= self.keep:
-                self._made.popitem(last=False)
-            self._made[key] = self.make(args)
-        self._made.move_to_end(key)
-        return self._made[key](*args)
+        device = next(arg.device.type for arg in args if arg is not None)
+        with self._lock, torch.autocast(device, enabled=False):
+            if key not in self._made:
+                while len(self._made) >= self.keep:
+                    self._made.popitem(last=False)
+                self._made[key] = self.make(args)
+            self._made.move_to_end(key)
+            return self._made[key](*args)
 
     def give_back(self) -> None:
         """Forget all forms; the network is as it was."""

@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from ldm.benchmark.cases import CASES, Job, Point, usual_variants
 from ldm.benchmark.measure import check, difference, figures
 from ldm.benchmark.models import flop, model_folder
 from ldm.benchmark.report import axis_of
-from ldm.benchmark.worker import Pace, Turn, Worker, side
+from ldm.benchmark.worker import Pace, Turn, Worker, forget_peak, peak_memory, side
 from ldm.errors import CheckpointError, ConfigError, LdmError
 
 
@@ -199,6 +200,16 @@ def test_what_a_worker_finds_wrong_and_that_it_has_died_are_one_line(job, tmp_pa
         worker.process.join()
         with pytest.raises(LdmError, match="ldm: its process has died"):
             worker.turn(Point(16, 16, 1))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells it")
+def test_memory_of_before_can_be_forgotten():
+    held = bytearray(b"x" * 2**28)
+    peak = peak_memory(False)
+    del held
+    assert peak_memory(False) == peak > 2**28
+    forget_peak(False)
+    assert peak_memory(False) < peak - 2**27
 
 
 def test_one_axis_is_drawn():

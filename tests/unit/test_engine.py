@@ -68,7 +68,7 @@ def distance(a, b):
 def test_unet_equals_the_plain_one(config, large, operators, monkeypatch):
     set_sizes(monkeypatch, large)
     unet = make(UNet, config)
-    fast = prepare(deepcopy(unet), take=True)
+    fast = prepare(deepcopy(unet))
     for b, k, size in (
         (1, 1, (8, 8)),
         (1, 2, (8, 8)),
@@ -89,7 +89,7 @@ def test_unet_equals_the_plain_one(config, large, operators, monkeypatch):
 def test_kept_text_is_that_of_the_context(operators):
     """Keys and values are those of the numbers in the context, whichever tensor holds them."""
     unet = make(UNet, UNET)
-    fast = prepare(deepcopy(unet), take=True)
+    fast = prepare(deepcopy(unet))
     x, t, context = inputs(UNET)
     first = fast(x, t, context)
     context *= -1
@@ -106,7 +106,7 @@ def test_threads_may_draw_at_the_same_time(monkeypatch):
     batches = [inputs(UNET, b=b, k=2, size=size) for b in (1, 2) for size in ((8, 8), (8, 12))]
     expected = [unet(*batch) for batch in batches]
     for _ in range(5):
-        fast = prepare(deepcopy(unet), take=True)
+        fast = prepare(deepcopy(unet))
         with ThreadPoolExecutor(len(batches)) as threads:
             found = list(threads.map(fast, *zip(*batches * 4, strict=True)))
         for a, b in zip(found, expected * 4, strict=True):
@@ -114,9 +114,70 @@ def test_threads_may_draw_at_the_same_time(monkeypatch):
 
 
 @torch.no_grad()
+def test_threads_may_draw_their_first_at_the_same_time():
+    """The weights move once."""
+    unet = make(UNet, UNET)
+    batch = inputs(UNET, k=2)
+    expected = unet(*batch)
+    for _ in range(10):
+        engine = Engine(deepcopy(unet), "fast", own=True)
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(lambda own: own.ready()(*batch), [engine] * 4))
+        assert all(distance(each, expected) < 1e-5 for each in found)
+        assert weights_equal(engine.lend(), unet)
+
+
+def weights_equal(network, other):
+    there = other.state_dict()
+    return all(torch.equal(tensor, there[name]) for name, tensor in network.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "owner, method, number",
+    [
+        (FastUpsample, "__init__", 1),  # while the fast form is made
+        (onednn.Packed, "take", 1),
+        (onednn.Packed, "take", 9),
+        (onednn.GatedLinear, "take", 2),
+        (onednn.Linear, "arrange", 1),  # in the middle of the first call
+        (onednn.Linear, "arrange", 7),
+        (onednn.Conv2d, "pack", 1),
+        (onednn.Conv2d, "pack", 4),
+        (onednn.Packed, "give_back", 1),
+        (onednn.Packed, "give_back", 12),
+        (onednn.GatedLinear, "give_back", 2),
+    ],
+)
+@pytest.mark.parametrize("then", ["a picture", "a release"])
+def test_who_is_interrupted_loses_no_weight(owner, method, number, then, monkeypatch):
+    """By Ctrl-C, or for want of memory: all weights are there, and so is the next picture."""
+    set_sizes(monkeypatch, True)
+    unet, batch = make(UNet, UNETS["deep"]), inputs(UNET, k=2)
+    expected, plain, calls = unet(*batch), getattr(owner, method), 0
+    engine = Engine(deepcopy(unet), "fast", own=True)
+
+    def interrupted(*args, **options):
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise KeyboardInterrupt
+        return plain(*args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, method, interrupted)
+        engine.ready()(*batch)
+        engine.release()
+    if then == "a picture":
+        assert distance(engine.ready()(*batch), expected) < 1e-5
+    engine.release()
+    assert weights_equal(engine.network, unet)
+
+
+@torch.no_grad()
 def test_halves_of_guidance_share_what_no_text_has_touched(monkeypatch):
     """Until the first cross-attention a picture is computed once, not once a context."""
-    fast = prepare(make(UNet, UNET), take=True)
+    fast = prepare(make(UNet, UNET))
     rows = []
     plain = F.scaled_dot_product_attention
     monkeypatch.setattr(
@@ -130,7 +191,7 @@ def test_halves_of_guidance_share_what_no_text_has_touched(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_near_to_float32_as_the_plain_network(dtype, operators):
     unet, exact = make(UNet, UNETS["deep"], dtype), make(UNet, UNETS["deep"], dtype).double()
-    fast = prepare(deepcopy(unet), take=True)
+    fast = prepare(deepcopy(unet))
     x, t, context = inputs(UNET, b=4, k=2, size=(16, 16), dtype=dtype)
     expected = exact(x.double(), t, context.double())
     error, usual = (
@@ -144,7 +205,7 @@ def test_half_precision_is_as_near_to_float32_as_the_plain_network(dtype, operat
 def test_autoencoder_equals_the_plain_one(large, operators, monkeypatch):
     set_sizes(monkeypatch, large)
     vae = make(AutoencoderKL, VAE)
-    fast = prepare(deepcopy(vae), take=True)
+    fast = prepare(deepcopy(vae))
     latents = torch.randn(2, VAE.latent_channels, 6, 8)
     images = vae.decode(latents)
     assert distance(fast.decode(latents), images) < 1e-5
@@ -184,6 +245,8 @@ def test_normalisation_of_large_pictures():
     x = (torch.randn(2, 16, 192, 160) + 6).to(memory_format=torch.channels_last)
     exact = deepcopy(norm).double()(x.double().contiguous())
     assert distance(FastGroupNorm(norm)(x), exact) < 1e-5 < distance(norm(x), exact)
+    flat = torch.full_like(x, 100.3)
+    assert distance(FastGroupNorm(norm)(flat), norm.bias.view(1, 16, 1, 1).expand_as(x)) < 0.1
 
 
 def test_an_upsampling_of_any_size():
@@ -246,7 +309,10 @@ def test_weights_changed_by_anyone_are_drawn_with(folder):
         lambda w: w.data.mul_(3),
         lambda w: w.data.neg_(),
         lambda w: torch.nn.init.zeros_(w),
-        lambda w: setattr(w, "data", torch.full_like(w, 0.3)),
+        lambda w: setattr(w, "data", torch.randn_like(w)),
+        lambda w: w.data.copy_(w.flip(0)),
+        lambda w: w.data.copy_(w.flip(1)),
+        lambda w: w.data.copy_(torch.cat([w[1:2], w[:1], w[2:]])),
     ):
         change(weight)
         plain.unet.load_state_dict(pipeline._unet.state_dict())
@@ -295,6 +361,48 @@ def test_weights_that_share_memory_stay_where_they_are(folder):
         pipeline.set_progress_bar_config(disable=True)
     assert (draw(plain) - draw(fast)).abs().max() < 1e-4
     assert first.weight.numel() and first.weight.data_ptr() == second.weight.data_ptr()
+
+
+def test_another_padding_is_computed_with(folder):
+    """As for pictures whose sides meet, before the first one and after."""
+    fast, plain = open_model(folder), open_model(folder, "plain")
+    before, networks = draw(fast), [fast.unet, fast.vae, plain.unet, plain.vae]
+    draw(fast)
+    for network in networks:
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.padding_mode = "circular"
+    after = draw(fast)
+    assert (after - draw(plain)).abs().max() < 1e-4 < 1e-3 < (after - before).abs().max()
+
+
+def test_autocast_does_not_reach_an_engine(folder):
+    pipeline = open_model(folder)
+    expected = draw(pipeline)
+    with torch.autocast("cpu", torch.bfloat16):
+        network, batch = pipeline._engines["unet"].ready(), inputs(UNET)
+        with torch.no_grad():
+            found = network(*batch)
+    with torch.no_grad():
+        assert torch.equal(found, network(*batch))
+    assert torch.equal(draw(pipeline), expected)
+
+
+def test_copies_and_other_engines(folder):
+    """A pipeline that has drawn can be copied, and told to compute otherwise."""
+    pipeline = open_model(folder)
+    expected = draw(pipeline)
+    twin = deepcopy(pipeline)
+    assert torch.equal(draw(twin), expected)
+    twin.unet.conv_in.weight.data.zero_()
+    assert torch.equal(draw(pipeline), expected)
+    assert not torch.equal(draw(twin), expected)
+    pipeline.engine = "plain"
+    assert pipeline._engines["unet"].ready() is pipeline._unet
+    assert 0 < (draw(pipeline) - expected).abs().max() < 1e-4
+    with pytest.raises(ConfigError, match="no engine 'quick'"):
+        pipeline.engine = "quick"
+    assert pipeline.engine == "plain"
 
 
 def test_a_callback_may_ask_for_the_networks(folder):

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def test_damaged_files_are_made_again_which_takes_a_compiler(
 
 
 def test_the_cache_is_the_user_s_own(
-    unet: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unet: nn.Module, built: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -156,6 +157,12 @@ def test_the_cache_is_the_user_s_own(
         Compiled(unet)(*unet_args())
     assert default_cache() == tmp_path / "ldm" / "compiled"
     assert default_cache().stat().st_mode & 0o777 == 0o700
+    planted = default_cache() / f"{Compiled(unet).key((*unet_args(), None))}.pt2"
+    shutil.copy(next(built.cache.glob("*.pt2")), planted)
+    Compiled(unet)(*unet_args(), None)  # who could write it?
+    planted.chmod(0o666)
+    with pytest.raises(ConfigError, match="compiler"):
+        Compiled(unet)(*unet_args(), None)
     default_cache().chmod(0o770)
     with pytest.raises(ConfigError, match="others can write there"):
         Compiled(unet)(*unet_args())

@@ -9,6 +9,7 @@ import torch
 
 import ldm
 from ldm.checkpoint.folder import load_folder
+from ldm.engine import Engine
 from ldm.engine.compiled import Compiled
 from ldm.engine.quantized import quantized
 from ldm.errors import ConfigError
@@ -33,6 +34,13 @@ def test_int8_is_off_by_less_than_half_a_percent(unet: UNet, tmp_path: Path) -> 
     assert (relative > 1e-5).all()
     assert (relative < 5e-3).all()
     assert len({Compiled(each, tmp_path).key(args) for each in (unet, copy)}) == 2
+
+
+def test_engines_that_can_compute_with_eight_bits_do(unet: UNet) -> None:
+    """A fast form on a CPU cannot; a compiled one can."""
+    copy = quantized(unet, "int8")
+    assert Engine(copy, "fast").ready() is copy
+    assert isinstance(Engine(copy, "compiled").ready(), Compiled)
 
 
 @pytest.mark.parametrize(
