@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.benchmark.cases import Job, Point
 from ldm.checkpoint.folder import ModelParts, save_folder
@@ -25,6 +24,7 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.clip import ClipTextConfig, ClipTextModel
 from ldm.models.text_encoder import ClipTower, TextEncoder
 from ldm.models.unet import UNet
+from ldm.training.cost import flop_counter
 
 TOKENS = 77
 
@@ -124,7 +124,7 @@ def flop(job: Job, point: Point) -> int:
 
 
 def _count(work: Callable[[], Any]) -> int:
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+    with FakeTensorMode(), flop_counter() as counter:
         work()
     return counter.get_total_flops()
 

@@ -115,7 +115,7 @@ def is_altered(network: nn.Module) -> bool:
     return any(
         module._forward_hooks
         or module._forward_pre_hooks
-        or "forward" in vars(module)
+        or vars(module).keys() & {"forward", "encode", "decode"}
         or getattr(module, "padding_mode", "zeros") != "zeros"
         or not type(module).__module__.startswith(("ldm.models.", "torch.nn.modules."))
         for module in network.modules()

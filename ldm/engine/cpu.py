@@ -331,6 +331,8 @@ def fast(module: nn.Module) -> nn.Module:
             return FastGroupNorm(module)
         case nn.Conv2d():
             return Conv2d(module)
+        case nn.Linear():
+            return Linear(module)
     twin = copy(module)
     twin._modules = {
         name: None if part is None else fast(part) for name, part in module._modules.items()

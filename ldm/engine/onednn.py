@@ -83,6 +83,8 @@ class Packed(nn.Module):
                 return weight
             if unread := self._unread:
                 weight = self.arrange(torch.cat(unread) if len(unread) > 1 else unread[0])
+                if weight.data_ptr() % 64:  # as files have them: MKL adds up in another order then
+                    weight = weight.clone()
             plain = weight.to_dense() if weight.is_mkldnn else weight
             weight = plain if shape is None else self.pack(plain, shape)
             self._fit = (shape, weight)

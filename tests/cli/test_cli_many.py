@@ -71,6 +71,7 @@ def few(tiny_model_folder, tmp_path) -> Callable:
 
     def run(*words: object, **process: int) -> dict[str, bytes]:
         common = ["--from-file", tmp_path / "prompts.txt", "--model", tiny_model_folder]
+        common += ["--dtype", "fp32"]
         draw(*common, "--steps", 1, "--outdir", tmp_path / "out", *words, **process)
         return read(tmp_path / "out")
 
@@ -80,7 +81,7 @@ def few(tiny_model_folder, tmp_path) -> Callable:
 def launch(launcher: str, words: list[str]) -> subprocess.Popen:
     """Two processes, whose lines open with which of them it was."""
     module, *options = LAUNCHERS[launcher]
-    script = [str(ROOT / "scripts" / "txt2img.py"), *words, "--device", "cpu", "--dtype", "fp32"]
+    script = [str(ROOT / "scripts" / "txt2img.py"), *words, "--device", "cpu"]
     threads = str(torch.get_num_threads())  # another number may add up in another order
     return subprocess.Popen(
         [sys.executable, "-m", module, *options, "--tee", "3", *script],

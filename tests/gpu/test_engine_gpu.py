@@ -1,6 +1,7 @@
 """The GPU engine against the plain network: numbers, batches, recordings, waiting."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,29 @@ def test_it_computes_what_the_plain_network_computes(dtype: torch.dtype) -> None
     engine = prepare(make_unet(dtype))
     for _ in range(2):  # recorded, and replayed
         assert_close(engine(*args), expected, TOLERANCE[dtype])
+
+
+@torch.no_grad()
+def test_threads_get_their_own_results() -> None:
+    unet = make_unet()
+    plain, engine = deepcopy(unet), prepare(unet)
+    x, t, context = make_args()
+    calls = [(x * (i + 1), t / (i + 1), context.flip(i % 3)) for i in range(8)]
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(lambda args: engine(*args), calls * 4))
+    for args, result in zip(calls * 4, results, strict=True):
+        assert_close(result, plain(*args), 1e-4)
+
+
+@torch.no_grad()
+def test_autocast_does_not_reach_a_recording() -> None:
+    unet, args = make_unet(), make_args()
+    engine, expected = prepare(unet), unet(*args)
+    with torch.autocast("cuda", torch.float16):
+        recorded = engine(*args)
+    for result in (recorded, engine(*args)):
+        assert result.dtype == torch.float32
+        assert_close(result, expected, 1e-4)
 
 
 @torch.no_grad()

@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -248,7 +253,7 @@ def test_the_alpha_of_every_layer_equals_peft(
     saved: dict[str, Any] = {}
     for part, layers in zip(PARTS, made, strict=True):
         model, config = getattr(pair.theirs, part), peft_config(layers, rslora)
-        model.add_adapter(config, "default")
+        inject_adapter_in_model(config, model)
         fill(model, layers)
         saved[f"{part}_lora_layers"] = get_peft_model_state_dict(model, adapter_name="default")
         settings = {k: list(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}

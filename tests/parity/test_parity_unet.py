@@ -10,12 +10,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.config import PRESETS, GradientCheckpointing, UNetConfig
 from ldm.models.attention import SpatialTransformer
 from ldm.models.layers import ResnetBlock, timestep_embedding
 from ldm.models.unet import UNet
+from ldm.training.cost import flop_counter
 
 SD15 = UNetConfig(
     block_out_channels=(32, 64, 128, 128), num_attention_heads=8, cross_attention_dim=24
@@ -210,7 +210,7 @@ def test_what_is_recomputed_and_what_is_kept(half: bool) -> None:
     kept, flop = {}, {}
     for how in (False, "selective", True):
         unet.gradient_checkpointing = how
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             with (
                 profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record,
                 torch.autocast("cpu", torch.bfloat16, enabled=half),

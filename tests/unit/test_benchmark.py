@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.benchmark.cases import CASES, Job, Point, usual_variants
 from ldm.benchmark.measure import check, difference, figures
@@ -16,6 +15,7 @@ from ldm.benchmark.models import flop, model_folder
 from ldm.benchmark.report import axis_of
 from ldm.benchmark.worker import Pace, Turn, Worker, forget_peak, peak_memory, side
 from ldm.errors import CheckpointError, ConfigError, LdmError
+from ldm.training.cost import flop_counter
 
 
 class Script:
@@ -120,7 +120,7 @@ def test_nothing_that_is_not_a_number_passes(job, tmp_path):
 def test_flop_are_those_that_diffusers_does(job, tmp_path, name):
     own = job(name, tmp_path)  # of one picture: of several, diffusers reads the same prompt twice
     own = replace(own, points=(replace(own.points[0], batch=1),))
-    counted = FlopCounterMode(display=False)
+    counted = flop_counter()
 
     class Counting(Script):
         def recv(self):
