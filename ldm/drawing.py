@@ -319,7 +319,7 @@ def _parameters(record: dict[str, Any]) -> str:
 
 
 def _dtype(options: Namespace) -> str:
-    from ldm.engine.processor import half_pays
+    from ldm.processor import half_pays
 
     cpu = find_device(options.device) == "cpu"
     match options.dtype:

@@ -183,7 +183,7 @@ def _matrix_seconds(job: Job, side: int) -> float:
 def _machine(job: Job) -> str:
     import torch
 
-    from ldm.engine.processor import cpuinfo
+    from ldm.processor import cpuinfo
 
     if job.device.startswith("cuda"):
         return torch.cuda.get_device_name(job.device)

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 import ldm.models
 from ldm.checkpoint.io import atomic_file, tensors_sha256
 from ldm.engine import gpu
-from ldm.engine.processor import cpuinfo
 from ldm.engine.shapes import Network, PerShape, TwoWays
 from ldm.errors import ConfigError
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.processor import cpuinfo
 
 logger = logging.getLogger(__name__)
 

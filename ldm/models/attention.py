@@ -13,6 +13,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.processor import maker
+
+_LONG = 1024  # keys
+
 
 class Attention(nn.Module):
     """Multi-head attention: from the pixels to themselves, or to a context.
@@ -165,12 +169,14 @@ def to_map(x: Tensor, size: tuple[int, ...]) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(c)) v, of queries `b heads n c` and keys and values `b heads m c`."""
     slow = q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu"
+    if slow and k.shape[2] >= _LONG and maker() == "AuthenticAMD":
+        slow = False
     return _BackwardInFloat32.apply(q, k, v) if slow else F.scaled_dot_product_attention(q, k, v)
 
 
 class _BackwardInFloat32(torch.autograd.Function):
     """Attention of bfloat16 on a CPU, whose backward pass takes torch two to eight times as long
-    as that of float32."""
+    as that of float32; but for long sequences on AMD's, where it takes two thirds of that."""
 
     @staticmethod
     def forward(ctx: Any, *qkv: Tensor) -> Tensor:

@@ -27,10 +27,10 @@ from ldm.checkpoint.io import recover
 from ldm.data.order import Place, micro_batches
 from ldm.data.sample import DataSource
 from ldm.data.streams import StreamedShards
-from ldm.engine.processor import half_pays
 from ldm.errors import ConfigError, LdmError, suggest
 from ldm.memory import keep_large_blocks
 from ldm.models.unet import UNet
+from ldm.processor import half_pays
 from ldm.training.config import STAGES, TrainingConfig, UNetTraining, learning_rate_at
 from ldm.training.data import make_order, open_data
 from ldm.training.log import Log, find_tracker

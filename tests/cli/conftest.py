@@ -13,7 +13,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 def script(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
     """`script("txt2img", "a flower", "--steps", 2)` runs it on the tiny model."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    monkeypatch.setattr("ldm.engine.processor.half_pays", lambda: False)  # wherever it runs
+    monkeypatch.setattr("ldm.processor.half_pays", lambda: False)  # wherever it runs
 
     def run(name: str, *words: object, model: Path | None = tiny_model_folder) -> None:
         main = runpy.run_path(str(SCRIPTS / f"{name}.py"))["main"]

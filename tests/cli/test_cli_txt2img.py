@@ -232,7 +232,7 @@ def test_the_record_says_what_drew_it(txt2img, tiny_pipeline, tmp_path):
 
 @pytest.mark.parametrize(("pays", "dtype"), [(False, "fp32"), (True, "bf16")])
 def test_the_dtype_is_the_faster_one_of_the_processor(txt2img, monkeypatch, capsys, pays, dtype):
-    monkeypatch.setattr("ldm.engine.processor.half_pays", lambda: pays)
+    monkeypatch.setattr("ldm.processor.half_pays", lambda: pays)
     chosen, asked = (
         read_record(txt2img("a", "--steps", 1, "--device", "cpu", *words)[-1])["dtype"]
         for words in ((), ("--dtype", "fp16"))

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from train_helpers import run
 
+from ldm.models import attention
 from ldm.models.attention import attend
 from ldm.training import loop
 
@@ -16,10 +17,10 @@ def test_bfloat16_attention_and_its_gradients(n, m):
     # as the layers make them: heads are cut out of rows
     rows = [torch.randn(2, length, 4, 24).bfloat16().transpose(1, 2) for length in (n, m, m, n)]
 
-    def results(attention, dtype):
+    def results(attention_of, dtype):
         q, k, v, pull = (tensor.detach().to(dtype) for tensor in rows)
         inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
-        out = attention(*inputs)
+        out = attention_of(*inputs)
         return out, torch.autograd.grad(out, inputs, pull)
 
     exact = results(F.scaled_dot_product_attention, torch.float64)
@@ -44,3 +45,17 @@ def test_bfloat16_that_will_be_slow_is_told_of(
     run("vae", **options, mixed_precision=precision)
     told = "float32 may well be faster" in capsys.readouterr().out
     assert told == (precision == "bf16" and not pays)
+
+
+@pytest.mark.parametrize(
+    ("made_by", "keys", "own"),
+    [
+        ("AuthenticAMD", 1024, False),
+        ("AuthenticAMD", 1023, True),
+        ("GenuineIntel", 1024, True),
+    ],
+)
+def test_whose_backward_pass_is_taken(made_by, keys, own, monkeypatch):
+    monkeypatch.setattr(attention, "maker", lambda: made_by)
+    q, k = (torch.randn(1, 1, n, 8, dtype=torch.bfloat16, requires_grad=True) for n in (4, keys))
+    assert (type(attend(q, k, k).grad_fn).__name__ == "_BackwardInFloat32Backward") == own

@@ -6,8 +6,8 @@ import subprocess
 import pytest
 import torch
 
-from ldm.engine import processor
-from ldm.engine.processor import half_pays, maker
+from ldm import processor
+from ldm.processor import half_pays, maker
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_the_maker_is_found_where_the_system_tells_it(info, name, expected, monk
         (tmp_path / "cpuinfo").write_text(info)
     monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(processor.platform, "processor", lambda: name)
-    assert maker() == expected
+    assert maker.__wrapped__() == expected
 
 
 @pytest.mark.skipif(not shutil.which("lscpu"), reason="there is no lscpu to compare with")

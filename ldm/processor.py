@@ -22,6 +22,7 @@ def half_pays() -> bool:
     return amx or (wide and maker() == "AuthenticAMD")
 
 
+@cache
 def maker() -> str:
     """Who has made this CPU, by the name that CPUID gives on x86."""
     return cpuinfo("vendor_id") or platform.processor().rpartition(" ")[2]  # Windows' last word
