@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from ldm.config import GradientCheckpointing
 
 _aten: Any = torch.ops.aten
-# Nearly all of the time, and half of what is kept, goes to their results.
+# What they give is nearly all of the time, and less than two thirds of what would be kept.
 PRODUCTS = [
     _aten.convolution.default,
     _aten.mm.default,
@@ -37,7 +37,7 @@ class Recomputing(nn.Module):
     Setting `gradient_checkpointing` sets it on every such module inside as well. It works in
     training mode only. True trades about a third more time for most of the memory; `selective`
     recomputes normalisations, activations and gates but keeps what products give, and trades hardly
-    any time for near half of it.
+    any time of a large network for more than a third of it.
 
     Source: Chen et al. 2016, "Training deep nets with sublinear memory cost"; Korthikanti et al.
     2023, "Reducing activation recomputation in large transformer models", section 5.

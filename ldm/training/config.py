@@ -74,7 +74,8 @@ class TrainingConfig:
         on_non_finite: a step with an infinite or undefined loss or gradient never changes the
             weights: it is left out and counted (`skip`; ten in a row end the run), or ends the run.
         gradient_checkpointing: recompute activations instead of keeping them: all (`true`), in a
-            third more time and least memory, or those that cost hardly any time (`selective`).
+            third more time and least memory, or those that cost hardly any time (`selective`),
+            more than a third of it.
         torch_compile: compile the trained networks; the first step takes minutes.
         use_ema: save an exponential moving average of the weights as the model.
         ema_decay: of that average, after its own warm-up.
