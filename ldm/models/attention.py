@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm.processor import maker
 
-_LONG = 1024  # keys
+_LONG = 1024  # keys from which the backward pass of bfloat16 is not slow on AMD's processors
 
 
 class Attention(nn.Module):
@@ -168,9 +168,8 @@ def to_map(x: Tensor, size: tuple[int, ...]) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(c)) v, of queries `b heads n c` and keys and values `b heads m c`."""
-    slow = q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu"
-    if slow and k.shape[2] >= _LONG and maker() == "AuthenticAMD":
-        slow = False
+    half = q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu"
+    slow = half and not (k.shape[2] >= _LONG and maker() == "AuthenticAMD")
     return _BackwardInFloat32.apply(q, k, v) if slow else F.scaled_dot_product_attention(q, k, v)
 
 
