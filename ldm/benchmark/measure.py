@@ -21,6 +21,7 @@ from ldm.drawing import find_device
 from ldm.errors import LdmError
 
 SIDES = (2048, 4096)  # of the square matrices whose product is the machine's rate
+GPU_SIDES = (4096, 8192)
 HALF = 1.1  # how much farther from float32 than diffusers ldm may be, rounding being chance
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 
@@ -67,7 +68,7 @@ def measure(job: Job, scratch: Path, work_dir: Path, say: Callable[[str], None])
                 say(f"{job.name}: {label(asdict(point))}, round {number + 1} of {job.rounds}")
                 for name, worker in workers.items():
                     turns[name].append(worker.turn(point))
-                for n in (128,) if job.size == "tiny" else SIDES:
+                for n in _sides(job):
                     rates.setdefault(n, []).append(_matrix_seconds(job, n))
             results.append(asdict(point) | {"flop": flop(job, point)} | figures(turns))
             results[-1]["warm_up"] = warm_up
@@ -161,6 +162,12 @@ def label(point: Mapping[str, Any]) -> str:
     steps = f", {point['steps']} steps" if point["steps"] else ""
     batch = f", batch {point['batch']}" if point["batch"] > 1 else ""
     return f"{point['width']}x{point['height']}{steps}{batch}"
+
+
+def _sides(job: Job) -> tuple[int, ...]:
+    if job.size == "tiny":
+        return (128,)
+    return GPU_SIDES if job.device.startswith("cuda") else SIDES
 
 
 def _matrix_seconds(job: Job, side: int) -> float:

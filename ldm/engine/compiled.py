@@ -106,13 +106,14 @@ class Compiled(PerShape):
         sizes = ", ".join("x".join(map(str, arg.shape)) for arg in args if arg is not None)
         logger.warning("compiling for inputs of %s: half a minute or more, once", sizes)
         begun = time.perf_counter()
-        options = {"freezing": True, "max_autotune": _is_cuda(args[0])}
         try:
             program = torch.export.export(self.network, args, strict=False)
             # Inductor's own cache would keep the weights once more. It wants a name that ends in
             # .pt2, but takes a stream.
             with fresh_cache(), atomic_file(file) as temporary, temporary.open("wb") as stream:
-                aoti_compile_and_package(program, package_path=stream, inductor_configs=options)
+                aoti_compile_and_package(
+                    program, package_path=stream, inductor_configs={"freezing": True}
+                )
         except RuntimeError as error:
             said = " ".join(str(error).split())[:200]
             raise ConfigError(f"cannot compile; take the engine fast: {said}") from error

@@ -1,19 +1,27 @@
-"""The U-Net and the autoencoder on a GPU: channels-last, and launched as one CUDA graph.
+"""The U-Net and the autoencoder on a GPU: the fused forms, launched as one CUDA graph.
 
 A network of this kind is hundreds of small kernels, which the CPU starts more slowly than a GPU
 runs them. They are recorded at the first call with a shape and replayed at each further one.
+
+Shapes: b pictures, k contexts a picture, c o channels in and out, h w height and width, n rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.engine import is_quantized
+from ldm.engine.fused import FastUNet, Kit, fast
 from ldm.engine.shapes import Network, PerShape, TwoWays
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.layers import ResnetBlock, Upsample
+from ldm.models.unet import UNet
 
 _WARM_UP = 3  # calls in which libraries choose their kernels, before the recorded one
 
@@ -61,19 +69,128 @@ class Graphed(PerShape):
         return replay
 
 
+class Linear(nn.Module):
+    """Linear layers or 1x1 convolutions of the same inputs as one product, plus `other`."""
+
+    def __init__(self, *layers: nn.Linear | nn.Conv2d):
+        super().__init__()
+        self.layers = layers  # a tuple, which torch does not look into
+        first, several = layers[0], len(layers) > 1
+        self.weight = joined([layer.weight for layer in layers]) if several else first.weight
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        self.bias = joined(biases) if len(biases) > 1 else first.bias
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Rows `... c` to `... o`."""
+        out = F.linear(x, self.weight.flatten(1), self.bias)
+        return out if other is None else out.add_(other)
+
+
+class GatedLinear(nn.Module):
+    """The linear layer of a GEGLU, and its gate."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rows `... c` to `... o/2`."""
+        from ldm.engine.kernels import gated
+
+        return gated(self.layer(x))
+
+
+class Conv2d(nn.Module):
+    """A convolution; plus `other`, together with its bias."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor, other: Tensor | None = None, *, bias: bool = True) -> Tensor:
+        """`b c h w` to `b o h w`; without its bias on demand."""
+        conv = self.conv
+        if other is None and bias:
+            return conv(x)
+        out = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+        if other is None or conv.bias is None:
+            return out if other is None else out.add_(other)
+        from ldm.engine.kernels import added
+
+        return added(out, conv.bias, other)
+
+
+class FastGroupNorm(nn.Module):
+    """As `nn.GroupNorm` of `x + bias + shift`, and SiLU."""
+
+    def __init__(self, norm: nn.GroupNorm, *, silu: bool = False):
+        super().__init__()
+        self.norm, self.silu = norm, silu
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """`b c h w`, `c` and rows of `c` to `b c h w`."""
+        from ldm.engine.kernels import group_norm
+
+        return group_norm(x, self.norm, silu=self.silu, bias=bias, shift=shift)
+
+
+class FastResnet(nn.Module):
+    """As `ResnetBlock`; its `emb` are the time projections of all blocks, `times` its own part."""
+
+    def __init__(self, block: ResnetBlock, kit: Kit):
+        super().__init__()
+        self.norm1, self.norm2 = (kit.norm(norm, silu=True) for norm in (block.norm1, block.norm2))
+        self.times = slice(0)
+        self.conv1, self.conv2 = kit.conv(block.conv1), kit.conv(block.conv2)
+        shortcut = block.conv_shortcut
+        self.shortcut = None if shortcut is None else kit.linear(shortcut)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        """`k*b c h w` and `b e` to `k*b o h w`."""
+        h = self.conv1(self.norm1(x), bias=False)
+        h = self.norm2(h, self.conv1.conv.bias, None if emb is None else emb[:, self.times])
+        if self.shortcut is not None:
+            x = self.shortcut(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.conv2(h, x)
+
+
+def _upsample(upsample: Upsample, kit: Kit) -> Upsample:
+    return upsample
+
+
+KIT = Kit(Linear, GatedLinear, Conv2d, FastGroupNorm, FastResnet, _upsample)
+
+
 def prepare(network: nn.Module, make: Callable[[nn.Module], Network] | None = None) -> Any:
     """A U-Net or an autoencoder on a GPU, ready to be called as it is; see `Graphed`.
 
     Args:
-        network: its weights become channels-last, in place.
-        make: what to do to it before it is recorded: `Compiled`, or nothing.
+        network: its weights become channels-last, in place, and some of them parts of larger ones.
+        make: what to do to it before it is recorded: `Compiled`; else it is fused where Triton is
+            installed and its weights are plain.
     """
+    network.to(memory_format=torch.channels_last)
+    if make is None:
+        plain = find_spec("triton") is None or is_quantized(network)
+        make = (lambda part: part) if plain else fused
 
     def graphed(part: nn.Module) -> Graphed:
-        return Graphed(make(part) if make else part)
+        return Graphed(make(part))
 
-    network.to(memory_format=torch.channels_last)
     return TwoWays(network, graphed) if isinstance(network, AutoencoderKL) else graphed(network)
+
+
+def fused(network: nn.Module) -> nn.Module:
+    """A U-Net, or a part of an autoencoder, of fused layers, which compute with its weights."""
+    return FastUNet(network, KIT) if isinstance(network, UNet) else fast(network, KIT)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """One tensor of several, which become views of it: what changes them in place changes it."""
+    whole = torch.cat([part.detach() for part in parts])
+    for part, own in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        part.data = own
+    return whole
 
 
 def _resident(arg: Tensor, device: torch.device) -> Tensor:

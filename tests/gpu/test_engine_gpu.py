@@ -22,9 +22,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 
-# relative to the largest number; what the plain network itself is off by in half precision
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
 
 @pytest.fixture(autouse=True)
 def true_float32() -> Iterator[None]:
@@ -39,6 +36,8 @@ def make_unet(dtype: torch.dtype = torch.float32) -> UNet:
     torch.manual_seed(0)
     unet = UNet(UNET)
     randomize(unet)
+    for parameter in unet.parameters():  # or rounding would grow from layer to layer
+        parameter.data *= 0.7
     return unet.eval().to("cuda", dtype)
 
 
@@ -60,13 +59,17 @@ def assert_close(result: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_it_computes_what_the_plain_network_computes(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_it_is_as_near_to_the_exact_result_as_the_plain_network(dtype: torch.dtype) -> None:
     args = make_args(dtype=dtype)
-    expected = make_unet()(*(arg.float() for arg in args))
-    engine = prepare(make_unet(dtype))
+    exact = make_unet().double()(*(arg.double() for arg in args))
+    engine, own = prepare(make_unet(dtype)), distance(make_unet(dtype)(*args), exact)
     for _ in range(2):  # recorded, and replayed
-        assert_close(engine(*args), expected, TOLERANCE[dtype])
+        assert distance(engine(*args), exact) <= 1.2 * own
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from tiny import UNET, VAE, make_pipeline, randomize
 
 from ldm.checkpoint.folder import load_folder
 from ldm.engine import Engine, onednn
-from ldm.engine.cpu import FastGroupNorm, FastUpsample, prepare
+from ldm.engine.cpu import KIT, FastGroupNorm, FastUpsample, prepare
 from ldm.errors import ConfigError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.layers import Upsample
@@ -255,7 +255,7 @@ def test_an_upsampling_of_any_size():
     upsample = Upsample(5).double()
     for dtype, bound in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
         plain = deepcopy(upsample).to(dtype)
-        fast = FastUpsample(plain)
+        fast = FastUpsample(plain, KIT)
         for h, w in ((1, 1), (4, 3), (8, 8)):
             x = torch.randn(2, 5, h, w, dtype=dtype)
             with torch.no_grad():
