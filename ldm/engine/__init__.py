@@ -95,7 +95,7 @@ class Engine:
         network, device = self.network, next(self.network.parameters()).device.type
         if device not in ("cpu", "cuda") or (not self.own and is_altered(network)):
             return network
-        if is_quantized(network) and device == "cpu" and self.name != "compiled":
+        if is_quantized(network) and self.name != "compiled":
             return network
         if self.name == "compiled":
             from ldm.engine.compiled import prepare

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.engine import is_quantized
 from ldm.engine.fused import FastUNet, Kit, fast
 from ldm.engine.shapes import Network, PerShape, TwoWays
 from ldm.models.autoencoder import AutoencoderKL
@@ -166,15 +165,13 @@ def prepare(network: nn.Module, make: Callable[[nn.Module], Network] | None = No
 
     Args:
         network: its weights become channels-last, in place, and some of them parts of larger ones.
-        make: what to do to it before it is recorded: `Compiled`; else it is fused where Triton is
-            installed and its weights are plain.
+        make: what to do to it before it is recorded; else it is fused, where Triton is installed.
     """
     network.to(memory_format=torch.channels_last)
-    if make is None:
-        plain = find_spec("triton") is None or is_quantized(network)
-        make = (lambda part: part) if plain else fused
 
     def graphed(part: nn.Module) -> Graphed:
+        if make is None:
+            return Graphed(fused(part) if find_spec("triton") else part)
         return Graphed(make(part))
 
     return TwoWays(network, graphed) if isinstance(network, AutoencoderKL) else graphed(network)

@@ -16,10 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+_jit: Any = triton.jit  # whose arguments have other types where it is called than inside
 _TILE = 4096  # numbers that a program holds at a time
-# Numbers of a group from which one program would keep its whole GPU waiting, and several share it.
-_LARGE = 2**17
-_CHUNK = 256  # rows that a program sums up of a large map
+# Numbers of a group from which one program keeps the rest of the GPU waiting, and several share it.
+_LARGE = 2**14
+_CHUNKS = 256  # of rows, into which a large map is divided, if each has
+_FEWEST = 32  # rows or more
 
 
 def group_norm(
@@ -54,16 +56,18 @@ def group_norm(
             **(given | tile), SILU=silu, num_warps=8,
         )  # fmt: skip
         return out
-    chunks, width = triton.cdiv(n, _CHUNK), min(128, triton.next_power_of_2(c))
-    columns, tile = triton.cdiv(c, width), {"WIDTH": width, "ROWS": min(_TILE // width, _CHUNK)}
+    chunk = max(_FEWEST, triton.next_power_of_2(triton.cdiv(n, _CHUNKS)))
+    chunks, width = triton.cdiv(n, chunk), min(128, triton.next_power_of_2(c))
+    columns, tile = triton.cdiv(c, width), {"WIDTH": width, "ROWS": min(_TILE // width, chunk)}
+    tile["CHUNK"] = chunk
     sums = x.new_empty(b, 2, chunks, c, dtype=torch.float32)
-    _sum_up[b, chunks, columns](x, sums, *added, n, c, *places, **(given | tile), CHUNK=_CHUNK)
+    _sum_up[b, chunks, columns](x, sums, *added, n, c, *places, **(given | tile))
     factors = x.new_empty(b, 2, c, dtype=torch.float32)
     _factors[b, norm.num_groups](
         *(sums, factors, *added, *weights, n, c, size, chunks, *places, norm.eps),
         **given, WIDTH=triton.next_power_of_2(size),
     )  # fmt: skip
-    _apply[b, chunks, columns](x, out, factors, n, c, **tile, CHUNK=_CHUNK, SILU=silu)
+    _apply[b, chunks, columns](x, out, factors, n, c, **tile, SILU=silu)
     return out
 
 
@@ -86,7 +90,7 @@ def gated(rows: Tensor) -> Tensor:
     return out
 
 
-@triton.jit
+@_jit
 def _tile(
     x, bias, shift, begin, row, cols, inside, n, c, BIASED: tl.constexpr, SHIFTED: tl.constexpr
 ):
@@ -101,12 +105,12 @@ def _tile(
     return tl.where(inside, v, 0.0), at, inside
 
 
-@triton.jit
+@_jit
 def _silu(y):
     return y / (1 + tl.exp(-y))
 
 
-@triton.jit
+@_jit
 def _normalise(
     x, out, bias, shift, weight, beta, n, c, size, shifts, stride, eps,
     BIASED: tl.constexpr, SHIFTED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -142,7 +146,7 @@ def _normalise(
         tl.store(out + at, y.to(out.dtype.element_ty), inside)
 
 
-@triton.jit
+@_jit
 def _sum_up(
     x, sums, bias, shift, n, c, shifts, stride,
     BIASED: tl.constexpr, SHIFTED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -164,7 +168,7 @@ def _sum_up(
     tl.store(place + tl.num_programs(1) * c, tl.sum(squares, 0), cols < c)
 
 
-@triton.jit
+@_jit
 def _factors(
     sums, factors, bias, shift, weight, beta, n, c, size, chunks, shifts, stride, eps,
     BIASED: tl.constexpr, SHIFTED: tl.constexpr, WIDTH: tl.constexpr,
@@ -194,7 +198,7 @@ def _factors(
     tl.store(factors + picture * 2 * c + c + cols, offset.to(tl.float32), mine)
 
 
-@triton.jit
+@_jit
 def _apply(
     x, out, factors, n, c,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, SILU: tl.constexpr,
@@ -215,7 +219,7 @@ def _apply(
         tl.store(out + place, y.to(out.dtype.element_ty), inside)
 
 
-@triton.jit
+@_jit
 def _add(x, bias, other, n, c, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -225,7 +229,7 @@ def _add(x, bias, other, n, c, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     tl.store(x + at, v.to(x.dtype.element_ty), inside)
 
 
-@triton.jit
+@_jit
 def _gate(rows, out, c, BLOCK: tl.constexpr):
     row, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(rows + row * 2 * c + cols, cols < c).to(tl.float32)

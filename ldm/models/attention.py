@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.models.layers import GroupNorm
 from ldm.processor import maker
 
 _LONG = 1024  # keys from which the backward pass of bfloat16 is not slow on AMD's processors
@@ -122,7 +123,7 @@ class SpatialTransformer(nn.Module):
     ):
         super().__init__()
         self.linear = linear
-        self.norm = nn.GroupNorm(groups, width, 1e-6)
+        self.norm = GroupNorm(groups, width, 1e-6)
         self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(width, heads, context_width) for _ in range(depth)
@@ -148,7 +149,7 @@ class PixelAttention(Attention):
 
     def __init__(self, width: int, groups: int):
         super().__init__(width, heads=1, qkv_bias=True)
-        self.group_norm = nn.GroupNorm(groups, width, 1e-6)
+        self.group_norm = GroupNorm(groups, width, 1e-6)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """`b c h w` to `b c h w`."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ldm.config import AutoencoderConfig
 from ldm.models.attention import PixelAttention
-from ldm.models.layers import Downsample, Recomputing, ResnetBlock, Upsample
+from ldm.models.layers import Downsample, GroupNorm, Recomputing, ResnetBlock, Upsample
 
 _EPS = 1e-6  # of every group normalisation here; the U-Net's has another
 
@@ -131,7 +131,7 @@ class Encoder(Recomputing):
             for level in range(len(widths))
         )
         self.mid_block = Middle(config)
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], _EPS)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], _EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class Decoder(Recomputing):
         self.up_blocks = nn.ModuleList(
             DecoderLevel(config, level, up=level > 0) for level in reversed(range(len(widths)))
         )
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], _EPS)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], _EPS)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:

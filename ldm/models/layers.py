@@ -67,6 +67,31 @@ class Recomputing(nn.Module):
         return module(*args)
 
 
+class GroupNorm(nn.GroupNorm):
+    """As torch's; on a GPU as well, what comes in channels-last goes out so, and its gradient too.
+
+    torch's gives another layout there, in which no convolution of channels-last weights computes:
+    the features are copied before each, and once more in the backward pass.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`b c h w` to `b c h w`."""
+        if not (input.is_cuda and input.is_contiguous(memory_format=torch.channels_last)):
+            return super().forward(input)
+        output = super().forward(_GradientChannelsLast.apply(input))
+        return output.contiguous(memory_format=torch.channels_last)
+
+
+class _GradientChannelsLast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].contiguous(memory_format=torch.channels_last)
+
+
 class ResnetBlock(nn.Module):
     """Two convolutions around a time embedding, plus the input.
 
@@ -84,10 +109,10 @@ class ResnetBlock(nn.Module):
         self, in_channels: int, out_channels: int, embedding: int | None, groups: int, eps: float
     ):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(embedding, out_channels) if embedding else None
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = (
             nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None

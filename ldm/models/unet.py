@@ -23,6 +23,7 @@ from ldm.config import UNetConfig
 from ldm.models.attention import SpatialTransformer
 from ldm.models.layers import (
     Downsample,
+    GroupNorm,
     Recomputing,
     ResnetBlock,
     TimestepMLP,
@@ -71,7 +72,7 @@ class UNet(Recomputing):
             )
             for level in reversed(range(len(widths)))
         )
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
         zero_(self.conv_out)
