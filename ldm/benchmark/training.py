@@ -204,7 +204,7 @@ def _checked_batch(job: Job, device: Any) -> dict[str, Tensor]:
         "latents": normal(b, *latent),
         "noise": normal(b, *latent),
         "context": normal(b, TOKENS, width),
-        "t": torch.linspace(1, 990, b).long(),
+        "t": torch.linspace(1, 990, b).long().to(device),
         "pixels": normal(b, 3, point.height, point.width).clamp(-1, 1),
     }
 

@@ -1,8 +1,12 @@
-"""A network as native code for its device: torch.export and AOTInductor, weights frozen into it.
+"""A network as native code for its device.
 
-Building takes from half a minute to many; the result is kept as a file in the user's cache folder,
-and read from there in a tenth of a second. It is code and will be executed: the folder must be the
-user's own. On a CPU it pays for small networks, where much of the time is spent between operations.
+On a CPU by torch.export and AOTInductor, weights frozen into it. Building takes from half a minute
+to many; the result is kept as a file in the user's cache folder, and read from there in a tenth of
+a second. It is code and will be executed: the folder must be the user's own. It pays for small
+networks, where much of the time is spent between operations.
+
+On a GPU by torch.compile, which has a cache of its own, and recorded as a CUDA graph. The engine
+`fast` is faster there, and needs no build; this one is for networks in 8 bits.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import logging
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -33,14 +38,25 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(network: nn.Module) -> Any:
-    """A U-Net or an autoencoder, ready to be called as it is; on a GPU it is recorded as well."""
+    """A U-Net or an autoencoder, ready to be called as it is."""
     if next(network.parameters()).is_cuda:
-        return gpu.prepare(network, Compiled)
+        return gpu.prepare(network, jitted)
     return TwoWays(network, Compiled) if isinstance(network, AutoencoderKL) else Compiled(network)
 
 
+def jitted(network: nn.Module) -> Network:
+    """A network compiled for each shape of its arguments, of which there may be any number."""
+    build = torch.compile(network, fullgraph=True, dynamic=False)
+
+    def run(*args: Tensor | None) -> Tensor:
+        with torch._dynamo.config.patch(recompile_limit=sys.maxsize):
+            return build(*args)
+
+    return run
+
+
 class Compiled(PerShape):
-    """A network compiled for each shape of its arguments, or found compiled in the cache folder.
+    """A network on a CPU compiled for each shape of its arguments, or found so in the cache folder.
 
     Args:
         network: plain, and in evaluation mode; it keeps its weights, the file has them as well.
@@ -72,12 +88,15 @@ class Compiled(PerShape):
         return self._build(file, args)
 
     def key(self, args: tuple[Tensor | None, ...]) -> str:
-        """What the code depends on, hashed: network, shapes, versions, device and threads."""
+        """What the code depends on, hashed: network, shapes, versions, processor and threads."""
         shapes = [
             None if arg is None else (tuple(arg.shape), arg.dtype, arg.device) for arg in args
         ]
         parts = (self._identity, shapes, torch.__version__, torch.version.git_version)
-        return hashlib.sha256(repr((*parts, _device(args[0]))).encode()).hexdigest()[:32]
+        # inductor compiles for the very processor, and for this number of threads
+        processor = cpuinfo("flags", "Features") or platform.processor()
+        parts = (*parts, processor, torch.get_num_threads())
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
     @cached_property
     def _identity(self) -> tuple[object, ...]:
@@ -165,7 +184,7 @@ def _is_private(path: Path) -> bool:
 def _load(file: Path) -> Network:
     from torch._inductor import aoti_load_package
 
-    # without the locks of its threads it can be recorded as a CUDA graph
+    # of which `PerShape` sees to it that there is one
     run: Any = aoti_load_package(str(file), run_single_threaded=True)
     return lambda *args: run(*_contiguous(args))
 
@@ -175,25 +194,11 @@ def _contiguous(args: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     return tuple(None if arg is None else arg.contiguous() for arg in args)
 
 
-def _device(arg: Tensor | None) -> tuple[object, ...]:
-    """What machine code depends on."""
-    if arg is not None and _is_cuda(arg):
-        return torch.cuda.get_device_properties(arg.device).name, torch.version.cuda
-    # inductor compiles for the very processor, and for this number of threads
-    return cpuinfo("flags", "Features") or platform.processor(), torch.get_num_threads()
-
-
-def _is_cuda(arg: Tensor | None) -> bool:
-    return arg is not None and arg.device.type == "cuda"
-
-
 def _seconds(network: Network, args: tuple[Tensor | None, ...]) -> float:
     """Of the faster of two calls, after one that does not count."""
     times = []
     for _ in range(3):
         begun = time.perf_counter()
         network(*args)
-        if _is_cuda(args[0]):
-            torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
     return min(times[1:])

@@ -41,21 +41,18 @@ class Graphed(PerShape):
         # The graph reads its inputs where they are now; all of them on the device, or the copy
         # of one from the CPU would be recorded.
         inputs = [None if arg is None else _resident(arg, device) for arg in args]
-        # Of a compiled network its form for these inputs, which lives as long as the graph.
-        network: Any = self.network
-        network = network.make(tuple(inputs)) if isinstance(network, PerShape) else network
         with torch.cuda.device(device):
             stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UP):
-                    network(*inputs)
+                    self.network(*inputs)
             current.wait_stream(stream)
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             # other threads, such as a web page's, may go on using the GPU meanwhile
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                output = network(*inputs)
+                output = self.network(*inputs)
 
         def replay(*args: Tensor | None) -> Tensor:
             for buffer, arg in zip(inputs, args, strict=True):
@@ -64,7 +61,6 @@ class Graphed(PerShape):
             graph.replay()
             return output.clone()  # the next replay writes to the same place
 
-        replay.network = network  # type: ignore[attr-defined]
         return replay
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from tiny import UNET, VAE, make_pipeline, randomize
 from torch import Tensor
 
-from ldm.engine.compiled import Compiled
+from ldm.engine import compiled
 from ldm.engine.gpu import Graphed, prepare
 from ldm.engine.quantized import quantized
 from ldm.models.autoencoder import AutoencoderKL
@@ -149,13 +148,11 @@ def test_the_autoencoder_s_ways(way: str) -> None:
 
 
 @torch.no_grad()
-def test_compiled_and_recorded(tmp_path: Path) -> None:
+def test_compiled_and_recorded() -> None:
     unet = make_unet()
     args = make_args()
-    expected = unet(*args)
-    for _ in range(2):  # built, and found
-        engine = prepare(unet, lambda part: Compiled(part, tmp_path))
-        assert_close(engine(*args), expected, 1e-4)
+    expected, engine = unet(*args), compiled.prepare(unet)
+    for _ in range(2):  # built and recorded, and replayed
         assert_close(engine(*args), expected, 1e-4)
 
 

@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tiny import randomize
 from torch import Tensor, nn
 
 from ldm.config import AutoencoderConfig, UNetConfig
-from ldm.engine.compiled import Compiled, default_cache, prepare
+from ldm.engine.compiled import Compiled, default_cache, jitted, prepare
 from ldm.engine.shapes import Network, PerShape, TwoWays
 from ldm.errors import ConfigError
 from ldm.models.autoencoder import AutoencoderKL
@@ -166,6 +167,19 @@ def test_the_cache_is_the_user_s_own(
     default_cache().chmod(0o770)
     with pytest.raises(ConfigError, match="others can write there"):
         Compiled(unet)(*unet_args())
+
+
+def test_a_gpu_s_may_have_any_number_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile refuses more than eight of one network."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    network, shapes = nn.Sequential(nn.Linear(3, 2)), [torch.ones(n, 3) for n in range(1, 12)]
+    refusing = torch.compile(network, fullgraph=True, dynamic=False)
+    with pytest.raises(Exception, match="fullgraph"):
+        [refusing(x) for x in shapes]
+    torch._dynamo.reset()
+    run = jitted(network)
+    assert [run(x).shape for x in shapes] == [(n, 2) for n in range(1, 12)]
+    torch._dynamo.reset()
 
 
 class Plain(PerShape):
