@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import ldm.models
 from ldm.checkpoint.io import atomic_file, tensors_sha256
 from ldm.engine import gpu
+from ldm.engine.cache import default_cache, is_private, make_private
 from ldm.engine.shapes import Network, PerShape, TwoWays
 from ldm.errors import ConfigError
 from ldm.models.autoencoder import AutoencoderKL
@@ -77,10 +78,10 @@ class Compiled(PerShape):
 
     def make(self, args: tuple[Tensor | None, ...]) -> Network:
         """See `PerShape`."""
-        _make_private(self.cache)
+        make_private(self.cache)
         args = _contiguous(args)
         file = self.cache / f"{self.key(args)}.pt2"
-        if file.exists() and _is_private(file):
+        if file.exists() and is_private(file):
             try:
                 return _load(file)
             except RuntimeError:
@@ -158,27 +159,6 @@ def _numbers(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             yield from _numbers({f"{name}.{part}": getattr(tensor, part) for part in parts})
         else:
             yield name, tensor
-
-
-def default_cache() -> Path:
-    """Where compiled networks are kept; the folder can be deleted at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm" / "compiled"
-
-
-def _make_private(folder: Path) -> None:
-    """Make the folder; refuse one where somebody else can put code that we would execute."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not _is_private(folder):
-        raise ConfigError(
-            f"{folder}: others can write there, and compiled networks are executed; make it your"
-            " own and run chmod 700 on it, or set XDG_CACHE_HOME"
-        )
-
-
-def _is_private(path: Path) -> bool:
-    """Whether nobody else has made it or can write to it, as far as this system tells."""
-    found = path.stat()
-    return not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
 
 
 def _load(file: Path) -> Network:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.engine.fused import FastUNet, Kit, fast, repeated
+from ldm.engine.native import attend
 from ldm.engine.onednn import Conv2d, GatedLinear, Linear, Packed
 from ldm.memory import free_blocks, keep_large_blocks, put_aside
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
@@ -191,7 +192,7 @@ class CpuAutoencoder(Prepared):
         return without_gradients(self.vae.decode, latents)
 
 
-KIT = Kit(Linear, GatedLinear, Conv2d, FastGroupNorm, FastResnet, FastUpsample)
+KIT = Kit(Linear, GatedLinear, Conv2d, FastGroupNorm, FastResnet, FastUpsample, attend)
 
 
 def prepare(network: nn.Module) -> Prepared:

@@ -46,6 +46,7 @@ class Kit:
         resnet: of a `ResnetBlock`, and the kit. In a U-Net its `times` are set to its own part of
             all blocks' time projections, which it is called with.
         upsample: of an `Upsample`, and the kit.
+        attend: attention of queries, keys and values, `b heads n c` each.
     """
 
     linear: Make
@@ -54,6 +55,7 @@ class Kit:
     norm: Make
     resnet: Make
     upsample: Make
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention
 
 
 class FastAttention(nn.Module):
@@ -62,7 +64,7 @@ class FastAttention(nn.Module):
 
     def __init__(self, attention: Attention, kit: Kit, *, text: bool = False):
         super().__init__()
-        self.heads = attention.heads
+        self.heads, self.attend = attention.heads, kit.attend
         q, k, v = attention.to_q, attention.to_k, attention.to_v
         self.to_q = kit.linear(q) if text else kit.linear(q, k, v)
         self.text = (k, v) if text else ()  # a tuple, which torch does not look into
@@ -75,7 +77,7 @@ class FastAttention(nn.Module):
             q, k, v = self._split(self.to_q(x), 3)
         else:
             (q,), (k, v) = self._split(self.to_q(x), 1), self._split(texts[..., self.part], 2)
-        out = F.scaled_dot_product_attention(q, k, v)  # b heads n c/heads
+        out = self.attend(q, k, v)  # b heads n c/heads
         return self.to_out(out.transpose(1, 2).flatten(2), other=other)  # b n c
 
     def _split(self, rows: Tensor, parts: int) -> tuple[Tensor, ...]:

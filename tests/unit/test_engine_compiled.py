@@ -14,7 +14,8 @@ from tiny import randomize
 from torch import Tensor, nn
 
 from ldm.config import AutoencoderConfig, UNetConfig
-from ldm.engine.compiled import Compiled, default_cache, jitted, prepare
+from ldm.engine.cache import default_cache
+from ldm.engine.compiled import Compiled, jitted, prepare
 from ldm.engine.shapes import Network, PerShape, TwoWays
 from ldm.errors import ConfigError
 from ldm.models.autoencoder import AutoencoderKL

@@ -1,0 +1,98 @@
+"""Attention in C against torch's, both against float64."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldm.engine import native
+
+
+@pytest.fixture
+def library():
+    if native.native() is None:
+        pytest.skip("needs AVX512-BF16, no AMX, and a C compiler")
+
+
+@pytest.fixture
+def anew():
+    """The library is looked for once."""
+    native.native.cache_clear()
+    yield
+    native.native.cache_clear()
+
+
+def rows(b, n, heads, c, *, scale=1.0):
+    """A part of wider rows, as of a product for several layers: b heads n c."""
+    wider = scale * torch.randn(b, n, 3, heads, c)
+    return wider.bfloat16()[:, :, 1].transpose(1, 2)
+
+
+def distance(a, b):
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("b, heads, n, m, c", [
+    (2, 8, 1024, 1024, 40), (2, 3, 200, 77, 80), (1, 1, 96, 96, 512), (2, 2, 50, 33, 10),
+    (1, 2, 1, 1, 2), (3, 1, 49, 513, 64), (1, 4, 7, 1000, 160),
+])  # fmt: skip
+@pytest.mark.parametrize("scale", [0.1, 1.0, 8.0], ids=["flat", "usual", "peaked"])
+def test_it_is_as_near_to_the_truth_as_torch_s(library, b, heads, n, m, c, scale):
+    torch.manual_seed(0)
+    q, k, v = rows(b, n, heads, c, scale=scale), rows(b, m, heads, c), rows(b, m, heads, c)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    found = native.attend(q, k, v)
+    assert found.shape == exact.shape
+    theirs = distance(F.scaled_dot_product_attention(q, k, v), exact)
+    assert distance(found, exact) < 1.05 * theirs + 1e-3
+
+
+def test_threads_share_it_out_and_change_nothing(library):
+    torch.manual_seed(0)
+    q, k, v = rows(2, 300, 3, 40), rows(2, 77, 3, 40), rows(2, 77, 3, 40)
+    together, before = native.attend(q, k, v), torch.get_num_threads()
+    try:
+        for threads in (1, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(native.attend(q, k, v), together)
+    finally:
+        torch.set_num_threads(before)
+    alone = native.attend(q[1:, 2:, 60:61], k[1:, 2:], v[1:, 2:])
+    assert torch.equal(alone, together[1:, 2:, 60:61])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows(library, value):
+    q, k, v = rows(1, 64, 2, 16), rows(1, 40, 2, 16), rows(1, 40, 2, 16)
+    for x, place in ((q, (0, 1, 5, 3)), (k, (0, 1, 7, 3)), (v, (0, 1, 7, 3))):
+        changed = [x.clone() if x is each else each for each in (q, k, v)]
+        [each for each, old in zip(changed, (q, k, v), strict=True) if old is x][0][place] = value
+        ours = native.attend(*changed).isfinite()
+        theirs = F.scaled_dot_product_attention(*(each.float() for each in changed)).isfinite()
+        assert torch.equal(ours, theirs)
+        assert not ours.all()
+
+
+def test_other_dtypes_are_torch_s(library):
+    q, k, v = (rows(1, 9, 2, 16).half() for _ in range(3))
+    assert torch.equal(native.attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("without", ["a compiler", "a folder of one's own", "the processor"])
+def test_without_it_torch_attends(without, anew, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: without == "the processor")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if without == "a compiler":
+        monkeypatch.setenv("CC", "no-such-compiler")
+    elif without == "a folder of one's own":
+        (tmp_path / "ldm" / "compiled").mkdir(parents=True)
+        (tmp_path / "ldm" / "compiled").chmod(0o777)
+    q, k, v = (rows(1, 9, 2, 16) for _ in range(3))
+    with caplog.at_level(logging.INFO):
+        found = native.attend(q, k, v)
+    assert torch.equal(found, F.scaled_dot_product_attention(q, k, v))
+    words = {"a compiler": "no C compiler", "a folder of one's own": "others can write there"}
+    assert words.get(without, "") in caplog.text
+    assert without != "the processor" or not caplog.text
