@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ROWS = 6, QUERIES = 48, KEYS = 512, LANES = 16, WIDE = 4 };
+enum { ROWS = 6, QUERIES = 48, KEYS = 512, LANES = 16, WIDE = 4, PANEL = LANES * WIDE };
 
 typedef uint16_t bf16;
 typedef struct {
@@ -25,7 +25,8 @@ typedef struct {
 
 typedef struct {
     const Work *work;
-    uint32_t *keys, *values;  // packed: per head c/2 rows of `padded` keys, padded/2 rows of `wide`
+    // packed: of each head panels of c/2 rows of PANEL keys, and padded/2 rows of `wide` values
+    uint32_t *keys, *values;
     int64_t padded, wide, next;
     int failed;
 } Shared;
@@ -44,7 +45,8 @@ static void pack(const Shared *s, int64_t head) {
     uint32_t *values = s->values + head * s->padded / 2 * s->wide;
     for (int64_t j = 0; j < w->m; j++)
         for (int64_t c = 0; c < w->c / 2; c++)
-            memcpy(keys + c * s->padded + j, k + j * w->k_strides[2] + 2 * c, 4);
+            memcpy(keys + (j / PANEL * w->c / 2 + c) * PANEL + j % PANEL,
+                   k + j * w->k_strides[2] + 2 * c, 4);
     for (int64_t j = 0; j < w->m; j++)
         for (int64_t c = 0; c < w->c; c++)
             ((bf16 *)(values + j / 2 * s->wide + c))[j % 2] = v[j * w->v_strides[2] + c];
@@ -73,14 +75,16 @@ static inline __attribute__((always_inline)) void product(
             _mm512_storeu_ps(out + r * out_row + LANES * v, sum[r][v]);
 }
 
+// The same for any width; b is a panel after the other, `panel` apart.
 static void columns(const uint32_t *a, int64_t a_row, const uint32_t *b, int64_t b_row,
-                    int64_t pairs, float *out, int64_t out_row, int64_t width, int add) {
-    for (int64_t x = 0; x < width; x += LANES * WIDE) {
+                    int64_t panel, int64_t pairs, float *out, int64_t out_row, int64_t width,
+                    int add) {
+    for (int64_t x = 0; x < width; x += PANEL, b += panel) {
         int64_t left = (width - x) / LANES;
-        if (left >= 4) product(a, a_row, b + x, b_row, pairs, out + x, out_row, 4, add);
-        else if (left == 3) product(a, a_row, b + x, b_row, pairs, out + x, out_row, 3, add);
-        else if (left == 2) product(a, a_row, b + x, b_row, pairs, out + x, out_row, 2, add);
-        else product(a, a_row, b + x, b_row, pairs, out + x, out_row, 1, add);
+        if (left >= 4) product(a, a_row, b, b_row, pairs, out + x, out_row, 4, add);
+        else if (left == 3) product(a, a_row, b, b_row, pairs, out + x, out_row, 3, add);
+        else if (left == 2) product(a, a_row, b, b_row, pairs, out + x, out_row, 2, add);
+        else product(a, a_row, b, b_row, pairs, out + x, out_row, 1, add);
     }
 }
 
@@ -115,11 +119,10 @@ static void attend(const Shared *s, int64_t head, int64_t first, Tile *t, float 
     const uint32_t *values = s->values + head * s->padded / 2 * s->wide;
     const __m512 scale = _mm512_set1_ps(w->scale * 1.44269504f);  // to powers of two
     for (int64_t j = 0; j < w->m; j += KEYS) {
-        int64_t block = s->padded - j < KEYS ? s->padded - j : KEYS;
-        int64_t real = w->m - j < block ? w->m - j : block;
+        int64_t real = w->m - j < KEYS ? w->m - j : KEYS, block = up(real, 2 * LANES);
         for (int64_t i = 0; i < rows; i += ROWS)
-            columns((uint32_t *)query + i * w->c / 2, w->c / 2, keys + j, s->padded, w->c / 2,
-                    t->scores + i * KEYS, KEYS, block, 0);
+            columns((uint32_t *)query + i * w->c / 2, w->c / 2, keys + j * w->c / 2, PANEL,
+                    PANEL * w->c / 2, w->c / 2, t->scores + i * KEYS, KEYS, block, 0);
         for (int64_t i = 0; i < rows; i++) {
             float *row = t->scores + i * KEYS;
             __m512 high = _mm512_set1_ps(-INFINITY);
@@ -153,7 +156,7 @@ static void attend(const Shared *s, int64_t head, int64_t first, Tile *t, float 
         }
         for (int64_t i = 0; i < rows; i += ROWS)
             columns((uint32_t *)(t->weights + i * KEYS), KEYS / 2, values + j / 2 * s->wide,
-                    s->wide, block / 2, out + i * s->wide, s->wide, s->wide, 1);
+                    s->wide, PANEL, block / 2, out + i * s->wide, s->wide, s->wide, 1);
     }
     bf16 *to = w->out + head / w->heads * w->out_strides[0] + head % w->heads * w->out_strides[1];
     for (int64_t i = 0; i < count; i++) {
@@ -202,7 +205,7 @@ static void run(Shared *s, void *(*part)(void *)) {
 
 // Gives 0, or 1 for want of memory.
 int attention(const Work *w) {
-    Shared s = {.work = w, .padded = up(w->m, 2 * LANES), .wide = up(w->c, LANES)};
+    Shared s = {.work = w, .padded = up(w->m, PANEL), .wide = up(w->c, LANES)};
     int64_t heads = w->pictures * w->heads;
     s.keys = calloc(heads * w->c / 2 * s.padded, 4);
     s.values = calloc(heads * s.padded / 2 * s.wide, 4);

@@ -31,6 +31,7 @@ _FLAGS = (
     "-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-fno-math-errno",
     "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma",
 )  # fmt: skip
+_LARGE = 2**25  # multiplications from which it pays to start threads
 
 _Strides = ctypes.c_int64 * 3
 
@@ -53,7 +54,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     It has no gradients.
     """
     fits = all(x.dtype == torch.bfloat16 and x.stride(3) == 1 for x in (q, k, v))
-    if not (fits and q.shape[3] % 2 == 0 and (library := native())):
+    large = q.numel() * k.shape[2] >= _LARGE
+    if not (fits and large and q.shape[3] % 2 == 0 and (library := native())):
         return F.scaled_dot_product_attention(q, k, v)
     b, heads, n, c = q.shape
     out = q.new_empty(b, n, heads, c).transpose(1, 2)

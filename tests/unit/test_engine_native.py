@@ -10,9 +10,10 @@ from ldm.engine import native
 
 
 @pytest.fixture
-def library():
+def library(monkeypatch):
     if native.native() is None:
         pytest.skip("needs AVX512-BF16, no AMX, and a C compiler")
+    monkeypatch.setattr(native, "_LARGE", 0)
 
 
 @pytest.fixture
@@ -84,6 +85,7 @@ def test_without_it_torch_attends(without, anew, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: without == "the processor")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "_LARGE", 0)
     if without == "a compiler":
         monkeypatch.setenv("CC", "no-such-compiler")
     elif without == "a folder of one's own":
