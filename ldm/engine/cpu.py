@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.engine.fused import FastUNet, Kit, fast, repeated
+from ldm.engine.fused import FastResnet, FastUNet, Kit, fast, repeated
 from ldm.engine.native import attend
 from ldm.engine.onednn import Conv2d, GatedLinear, Linear, Packed
 from ldm.memory import free_blocks, keep_large_blocks, put_aside
@@ -70,16 +70,8 @@ class FastGroupNorm(nn.Module):
         return torch.addcmul(shift, x, scale)
 
 
-class FastResnet(nn.Module):
-    """As `ResnetBlock`; its `emb` are the time projections of all blocks, `times` its own part."""
-
-    def __init__(self, block: ResnetBlock, kit: Kit):
-        super().__init__()
-        self.norm1, self.norm2 = (kit.norm(norm, silu=True) for norm in (block.norm1, block.norm2))
-        self.times = slice(0)
-        self.conv1, self.conv2 = kit.conv(block.conv1), kit.conv(block.conv2)
-        shortcut = block.conv_shortcut
-        self.shortcut = None if shortcut is None else kit.linear(shortcut)
+class CpuResnet(FastResnet):
+    """As `ResnetBlock`."""
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """`b c h w` and `b e`, or `1 e` for all pictures, to `b o h w`."""
@@ -91,10 +83,8 @@ class FastResnet(nn.Module):
         else:
             rows = repeated(emb[:, self.times], len(x))
             h = self.conv1(h, bias=torch.zeros_like(rows[0])).add_(rows[:, :, None, None])
-        if self.shortcut is not None:
-            x = self.shortcut(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         h = self.norm2(h)  # in h again, which frees the map it was
-        return self.conv2(h, other=x)
+        return self.conv2(h, other=self.carried(x))
 
 
 class FastUpsample(nn.Module):
@@ -192,7 +182,7 @@ class CpuAutoencoder(Prepared):
         return without_gradients(self.vae.decode, latents)
 
 
-KIT = Kit(Linear, GatedLinear, Conv2d, FastGroupNorm, FastResnet, FastUpsample, attend)
+KIT = Kit(Linear, GatedLinear, Conv2d, FastGroupNorm, CpuResnet, FastUpsample, attend)
 
 
 def prepare(network: nn.Module) -> Prepared:

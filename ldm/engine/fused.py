@@ -43,8 +43,7 @@ class Kit:
         gated: of the linear layer of a GEGLU: its first half times GELU of the second.
         conv: of a convolution; `other` likewise.
         norm: of a group normalisation; with `silu`, SiLU follows.
-        resnet: of a `ResnetBlock`, and the kit. In a U-Net its `times` are set to its own part of
-            all blocks' time projections, which it is called with.
+        resnet: of a `ResnetBlock`, and the kit; a `FastResnet`.
         upsample: of an `Upsample`, and the kit.
         attend: attention of queries, keys and values, `b heads n c` each.
     """
@@ -139,6 +138,27 @@ class FastPixelAttention(nn.Module):
         return to_map(self.attention(to_rows(self.norm(x)), to_rows(x)), x.shape[-2:])
 
 
+class FastResnet(nn.Module):
+    """The parts of a `ResnetBlock`, for a device to compute with.
+
+    Its `emb` are the time projections of all blocks, `times` its own part of them.
+    """
+
+    def __init__(self, block: ResnetBlock, kit: Kit):
+        super().__init__()
+        self.norm1, self.norm2 = (kit.norm(norm, silu=True) for norm in (block.norm1, block.norm2))
+        self.times = slice(0)
+        self.conv1, self.conv2 = kit.conv(block.conv1), kit.conv(block.conv2)
+        shortcut = block.conv_shortcut
+        self.shortcut = None if shortcut is None else kit.linear(shortcut)
+
+    def carried(self, x: Tensor) -> Tensor:
+        """The input as it is added to what the block makes of it, `b o h w`."""
+        if self.shortcut is None:
+            return x
+        return self.shortcut(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class FastUNet(nn.Module):
     """As `UNet`, whose levels it runs, made of the fast parts."""
 
@@ -150,7 +170,7 @@ class FastUNet(nn.Module):
         self.unet: Any = fast(unet, kit)
         parts: Any = list(self.unet.modules())
         # in the order in which `blocks` are, which is that of both networks' modules
-        resnets = [part for part in parts if hasattr(part, "times")]
+        resnets = [part for part in parts if isinstance(part, FastResnet)]
         place(resnets, "times", [block.conv1.out_channels for block in blocks])
         readers = [part for part in parts if isinstance(part, FastAttention) and part.text]
         self.text = kit.linear(*(layer for part in readers for layer in part.text))

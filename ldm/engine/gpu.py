@@ -8,19 +8,22 @@ Shapes: b pictures, k contexts a picture, c o channels in and out, h w height an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.engine.fused import FastUNet, Kit, fast
+from ldm.engine.fused import FastResnet, FastUNet, Kit, fast
 from ldm.engine.shapes import Network, PerShape, TwoWays
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.layers import ResnetBlock, Upsample
+from ldm.models.layers import Upsample
 from ldm.models.unet import UNet
+
+logger = logging.getLogger(__name__)
 
 _WARM_UP = 3  # calls in which libraries choose their kernels, before the recorded one
 
@@ -129,31 +132,21 @@ class FastGroupNorm(nn.Module):
         return group_norm(x, self.norm, silu=self.silu, bias=bias, shift=shift)
 
 
-class FastResnet(nn.Module):
-    """As `ResnetBlock`; its `emb` are the time projections of all blocks, `times` its own part."""
-
-    def __init__(self, block: ResnetBlock, kit: Kit):
-        super().__init__()
-        self.norm1, self.norm2 = (kit.norm(norm, silu=True) for norm in (block.norm1, block.norm2))
-        self.times = slice(0)
-        self.conv1, self.conv2 = kit.conv(block.conv1), kit.conv(block.conv2)
-        shortcut = block.conv_shortcut
-        self.shortcut = None if shortcut is None else kit.linear(shortcut)
+class GpuResnet(FastResnet):
+    """As `ResnetBlock`."""
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """`k*b c h w` and `b e` to `k*b o h w`."""
         h = self.conv1(self.norm1(x), bias=False)
         h = self.norm2(h, self.conv1.conv.bias, None if emb is None else emb[:, self.times])
-        if self.shortcut is not None:
-            x = self.shortcut(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self.conv2(h, x)
+        return self.conv2(h, self.carried(x))
 
 
 def _upsample(upsample: Upsample, kit: Kit) -> Upsample:
     return upsample
 
 
-KIT = Kit(Linear, GatedLinear, Conv2d, FastGroupNorm, FastResnet, _upsample)
+KIT = Kit(Linear, GatedLinear, Conv2d, FastGroupNorm, GpuResnet, _upsample)
 
 
 def prepare(network: nn.Module, make: Callable[[nn.Module], Network] | None = None) -> Any:
@@ -161,16 +154,32 @@ def prepare(network: nn.Module, make: Callable[[nn.Module], Network] | None = No
 
     Args:
         network: its weights become channels-last, in place, and some of them parts of larger ones.
-        make: what to do to it before it is recorded; else it is fused, where Triton is installed.
+        make: what to do to it before it is recorded; else it is fused, where Triton works.
     """
     network.to(memory_format=torch.channels_last)
 
     def graphed(part: nn.Module) -> Graphed:
         if make is None:
-            return Graphed(fused(part) if find_spec("triton") else part)
+            return Graphed(fused(part) if triton_works() else part)
         return Graphed(make(part))
 
     return TwoWays(network, graphed) if isinstance(network, AutoencoderKL) else graphed(network)
+
+
+@cache
+def triton_works() -> bool:
+    """Whether kernels can be built: it takes a C compiler, Python's headers and a GPU it knows."""
+    try:
+        from ldm.engine.kernels import gated
+
+        gated(torch.zeros(1, 2, device="cuda"))
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        logger.info(
+            "the GPU's networks are not fused, and a third slower, without Triton: %s", said
+        )
+        return False
+    return True
 
 
 def fused(network: nn.Module) -> nn.Module:

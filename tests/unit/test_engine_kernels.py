@@ -33,6 +33,21 @@ def test_all_in_the_interpreter():
     assert "skipped" not in done.stdout
 
 
+def test_where_triton_cannot_build_it_says_so_once(monkeypatch, caplog):
+    """Networks are recorded as they are then."""
+
+    def refuse(name, *args, **options):
+        raise RuntimeError("Failed to find a C compiler")
+
+    gpu.triton_works.cache_clear()
+    monkeypatch.setattr(torch, "zeros", refuse)
+    with caplog.at_level("INFO"):
+        assert not gpu.triton_works() and not gpu.triton_works()
+    assert [record.message for record in caplog.records if "C compiler" in record.message]
+    assert len(caplog.records) == 1
+    gpu.triton_works.cache_clear()
+
+
 @pytest.fixture
 def kernels(monkeypatch):
     from ldm.engine import kernels
