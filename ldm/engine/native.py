@@ -89,11 +89,11 @@ def _build() -> Path:
     Raises:
         OSError, SubprocessError, ConfigError: it cannot be built there.
     """
+    folder = default_cache()
+    make_private(folder)
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise ConfigError("there is no C compiler; install one (apt install gcc)")
-    folder = default_cache()
-    make_private(folder)
     parts = (SOURCE.read_bytes(), " ".join(_FLAGS).encode(), compiler.encode())
     file = folder / f"attention-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.so"
     if not (file.exists() and is_private(file)):
