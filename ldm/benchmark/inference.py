@@ -68,7 +68,7 @@ def theirs(job: Job, variant: str) -> Callable[[Pace], None]:
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
     if variant == "diffusers compiled":
-        # with CUDA graphs; max-autotune builds for more than seven minutes
+        # with CUDA graphs; max-autotune was not built after seven minutes, beside other builds
         options: Any = {"mode": "reduce-overhead", "fullgraph": True}
         pipe.unet = torch.compile(pipe.unet, **options)
         pipe.vae.decode = torch.compile(pipe.vae.decode, **options)

@@ -22,7 +22,7 @@ def make_private(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not is_private(folder):
         raise ConfigError(
-            f"{folder}: others can write there, and compiled networks are executed; make it your"
+            f"{folder}: others can write there, and what is compiled is executed; make it your"
             " own and run chmod 700 on it, or set XDG_CACHE_HOME"
         )
 

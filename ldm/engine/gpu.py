@@ -176,7 +176,7 @@ def triton_works() -> bool:
     except Exception as error:
         said = " ".join(str(error).split())[:200]
         logger.info(
-            "the GPU's networks are not fused, and a third slower, without Triton: %s", said
+            "without Triton the GPU's networks are not fused, and take half as long again: %s", said
         )
         return False
     return True
