@@ -1,8 +1,11 @@
-// softmax(q k^T * scale) v of bfloat16, for processors with AVX512-BF16 and without AMX.
+// softmax(q k^T * scale) v of bfloat16, and its gradients, for processors with AVX512-BF16 and
+// without AMX.
 //
 // Tiles of scores stay in cache, and each row's greatest score and sum so far are corrected as they
-// grow (Dao et al. 2022, "FlashAttention", algorithm 1). Products are of pairs of bfloat16, added
-// up in float32: keys are packed with their channels in pairs, values with their keys in pairs.
+// grow (Dao et al. 2022, "FlashAttention", algorithm 1; backward, algorithm 4). Products are of
+// pairs of bfloat16, added up in float32: what is multiplied from the right is packed beforehand,
+// with its channels in pairs where the sum is over channels, with its rows in pairs where it is over
+// rows.
 #include <immintrin.h>
 #include <math.h>
 #include <pthread.h>
@@ -10,14 +13,20 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ROWS = 6, QUERIES = 48, KEYS = 512, LANES = 16, WIDE = 4, PANEL = LANES * WIDE };
+enum { ROWS = 6, QUERIES = 48, KEYS = 384, LANES = 16, WIDE = 4, PANEL = LANES * WIDE };
+
+#define LOG2_E 1.44269504f  // scores become powers of two
 
 typedef uint16_t bf16;
+typedef struct {  // pictures of heads of rows of c numbers
+    bf16 *data;
+    int64_t strides[3];  // in numbers; that of the last dimension is 1
+} Rows;
+
 typedef struct {
-    const bf16 *q, *k, *v;
-    bf16 *out;
-    // strides in numbers, of pictures, heads and rows; the last dimension is contiguous
-    int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3];
+    Rows q, k, v, out;
+    Rows grad, dq, dk, dv;  // of `out`, and of q, k and v
+    float *lse;             // of each query log2(sum of exp(score)), or NULL: not wanted
     int64_t pictures, heads, n, m, c;
     float scale;
     int64_t threads;
@@ -33,29 +42,31 @@ typedef struct {
 
 static int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-static const bf16 *head_of(const bf16 *x, const int64_t *strides, int64_t heads, int64_t head) {
-    return x + head / heads * strides[0] + head % heads * strides[1];
+static Rows head_of(Rows x, const Work *w, int64_t head) {
+    x.data += head / w->heads * x.strides[0] + head % w->heads * x.strides[1];
+    return x;
 }
 
-static void pack(const Shared *s, int64_t head) {
-    const Work *w = s->work;
-    const bf16 *k = head_of(w->k, w->k_strides, w->heads, head);
-    const bf16 *v = head_of(w->v, w->v_strides, w->heads, head);
-    uint32_t *keys = s->keys + head * w->c / 2 * s->padded;
-    uint32_t *values = s->values + head * s->padded / 2 * s->wide;
-    for (int64_t j = 0; j < w->m; j++)
-        for (int64_t c = 0; c < w->c / 2; c++)
-            memcpy(keys + (j / PANEL * w->c / 2 + c) * PANEL + j % PANEL,
-                   k + j * w->k_strides[2] + 2 * c, 4);
-    for (int64_t j = 0; j < w->m; j++)
-        for (int64_t c = 0; c < w->c; c++)
-            ((bf16 *)(values + j / 2 * s->wide + c))[j % 2] = v[j * w->v_strides[2] + c];
+static bf16 *row_of(Rows x, int64_t row) { return x.data + row * x.strides[2]; }
+
+// Panels of c/2 rows of PANEL columns.
+static void pair_channels(Rows x, int64_t count, int64_t c, uint32_t *to) {
+    for (int64_t j = 0; j < count; j++)
+        for (int64_t p = 0; p < c / 2; p++)
+            memcpy(to + (j / PANEL * c / 2 + p) * PANEL + j % PANEL, row_of(x, j) + 2 * p, 4);
+}
+
+// Rows of `wide` columns, one of every two.
+static void pair_rows(Rows x, int64_t count, int64_t c, int64_t wide, uint32_t *to) {
+    for (int64_t j = 0; j < count; j++)
+        for (int64_t i = 0; i < c; i++)
+            ((bf16 *)(to + j / 2 * wide + i))[j % 2] = row_of(x, j)[i];
 }
 
 // out[r][16 v ...] = start + sum over p of the pairs a[r][p] and b[p][16 v ...]
 static inline __attribute__((always_inline)) void product(
-    const uint32_t *a, int64_t a_row, const uint32_t *b, int64_t b_row, int64_t pairs,
-    float *out, int64_t out_row, int vectors, int add) {
+    const uint32_t *a, int64_t a_row, int64_t a_pair, const uint32_t *b, int64_t b_row,
+    int64_t pairs, float *out, int64_t out_row, int vectors, int add) {
     __m512 sum[ROWS][WIDE];
     for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < vectors; v++)
@@ -65,7 +76,7 @@ static inline __attribute__((always_inline)) void product(
         for (int v = 0; v < vectors; v++)
             row[v] = (__m512bh)_mm512_loadu_si512(b + p * b_row + LANES * v);
         for (int r = 0; r < ROWS; r++) {
-            __m512bh pair = (__m512bh)_mm512_set1_epi32(a[r * a_row + p]);
+            __m512bh pair = (__m512bh)_mm512_set1_epi32(a[r * a_row + p * a_pair]);
             for (int v = 0; v < vectors; v++)
                 sum[r][v] = _mm512_dpbf16_ps(sum[r][v], pair, row[v]);
         }
@@ -76,28 +87,67 @@ static inline __attribute__((always_inline)) void product(
 }
 
 // The same for any width; b is a panel after the other, `panel` apart.
-static void columns(const uint32_t *a, int64_t a_row, const uint32_t *b, int64_t b_row,
-                    int64_t panel, int64_t pairs, float *out, int64_t out_row, int64_t width,
-                    int add) {
+static inline __attribute__((always_inline)) void columns(
+    const uint32_t *a, int64_t a_row, int64_t a_pair, const uint32_t *b, int64_t b_row,
+    int64_t panel, int64_t pairs, float *out, int64_t out_row, int64_t width, int add) {
     for (int64_t x = 0; x < width; x += PANEL, b += panel) {
         int64_t left = (width - x) / LANES;
-        if (left >= 4) product(a, a_row, b, b_row, pairs, out + x, out_row, 4, add);
-        else if (left == 3) product(a, a_row, b, b_row, pairs, out + x, out_row, 3, add);
-        else if (left == 2) product(a, a_row, b, b_row, pairs, out + x, out_row, 2, add);
-        else product(a, a_row, b, b_row, pairs, out + x, out_row, 1, add);
+        if (left >= 4) product(a, a_row, a_pair, b, b_row, pairs, out + x, out_row, 4, add);
+        else if (left == 3) product(a, a_row, a_pair, b, b_row, pairs, out + x, out_row, 3, add);
+        else if (left == 2) product(a, a_row, a_pair, b, b_row, pairs, out + x, out_row, 2, add);
+        else product(a, a_row, a_pair, b, b_row, pairs, out + x, out_row, 1, add);
     }
 }
 
-static inline __m512 exp2_of(__m512 x) {  // of numbers up to 0; to 2e-6
+// scores[rows][KEYS] = a b^T, over channels; b from its row j, packed by `pair_channels`.
+static void scores_of(const bf16 *a, int64_t rows, const uint32_t *b, int64_t j, int64_t block,
+                      int64_t c, float *scores) {
+    for (int64_t i = 0; i < rows; i += ROWS)
+        columns((uint32_t *)a + i * c / 2, c / 2, 1, b + j * c / 2, PANEL, PANEL * c / 2, c / 2,
+                scores + i * KEYS, KEYS, block, 0);
+}
+
+// out[rows][wide] += a b; a of KEYS columns, b packed by `pair_rows`.
+static void add_rows(const bf16 *a, int64_t rows, const uint32_t *b, int64_t block, int64_t wide,
+                     float *out) {
+    for (int64_t i = 0; i < rows; i += ROWS)
+        columns((uint32_t *)a + i * KEYS / 2, KEYS / 2, 1, b, wide, PANEL, block / 2,
+                out + i * wide, wide, wide, 1);
+}
+
+// out[rows][wide] += a^T b; both with their rows in pairs, a of KEYS columns.
+static void add_columns(const uint32_t *a, int64_t rows, const uint32_t *b, int64_t pairs,
+                        int64_t wide, float *out) {
+    for (int64_t i = 0; i < rows; i += ROWS)
+        columns(a + i, 1, KEYS, b, wide, PANEL, pairs, out + i * wide, wide, wide, 1);
+}
+
+static inline __m512 exp2_of(__m512 x) {  // to 3e-6; of what is below -126, as of that
     x = _mm512_max_ps(_mm512_set1_ps(-126), x);  // in this order, what is not a number stays so
     __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 f = _mm512_sub_ps(x, whole), y = _mm512_set1_ps(1.3333558e-3f);
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.6181291e-3f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.5504109e-2f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.4022651e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.9314718e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1));
+    __m512 f = _mm512_sub_ps(x, whole), y = _mm512_set1_ps(9.57010034e-3f);
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.59178591e-2f));  // of the least error
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.40247443e-1f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.93121791e-1f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.99999285e-1f));
     return _mm512_scalef_ps(y, whole);
+}
+
+static inline __mmask16 lanes(int64_t left) {
+    return left >= LANES ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+}
+
+// Rows from `first` on one after the other, and zeros up to QUERIES of them.
+static void copy(Rows x, int64_t first, int64_t count, int64_t c, bf16 *to) {
+    for (int64_t i = 0; i < count; i++) memcpy(to + i * c, row_of(x, first + i), sizeof(bf16) * c);
+    memset(to + count * c, 0, sizeof(bf16) * (QUERIES - count) * c);
+}
+
+static void store(const float *row, float factor, int64_t c, bf16 *to) {
+    for (int64_t x = 0; x < c; x += LANES) {
+        __m512 y = _mm512_mul_ps(_mm512_loadu_ps(row + x), _mm512_set1_ps(factor));
+        _mm256_mask_storeu_epi16(to + x, lanes(c - x), (__m256i)_mm512_cvtneps_pbh(y));
+    }
 }
 
 typedef struct {
@@ -108,39 +158,30 @@ typedef struct {
 // Queries of a head from `first` on; there is room for QUERIES of them in `out` and `query`.
 static void attend(const Shared *s, int64_t head, int64_t first, Tile *t, float *out, bf16 *query) {
     const Work *w = s->work;
-    const bf16 *q = head_of(w->q, w->q_strides, w->heads, head) + first * w->q_strides[2];
+    Rows q = head_of(w->q, w, head), to = head_of(w->out, w, head);
     int64_t count = w->n - first < QUERIES ? w->n - first : QUERIES, rows = up(count, ROWS);
-    memset(query, 0, sizeof(bf16) * QUERIES * w->c);
-    for (int64_t i = 0; i < count; i++)
-        memcpy(query + i * w->c, q + i * w->q_strides[2], sizeof(bf16) * w->c);
+    copy(q, first, count, w->c, query);
     memset(out, 0, sizeof(float) * QUERIES * s->wide);
     for (int i = 0; i < QUERIES; i++) t->greatest[i] = -INFINITY, t->sums[i] = 0;
     const uint32_t *keys = s->keys + head * w->c / 2 * s->padded;
     const uint32_t *values = s->values + head * s->padded / 2 * s->wide;
-    const __m512 scale = _mm512_set1_ps(w->scale * 1.44269504f);  // to powers of two
+    const float factor = w->scale * LOG2_E;
+    const __m512 scale = _mm512_set1_ps(factor);
     for (int64_t j = 0; j < w->m; j += KEYS) {
         int64_t real = w->m - j < KEYS ? w->m - j : KEYS, block = up(real, 2 * LANES);
-        for (int64_t i = 0; i < rows; i += ROWS)
-            columns((uint32_t *)query + i * w->c / 2, w->c / 2, keys + j * w->c / 2, PANEL,
-                    PANEL * w->c / 2, w->c / 2, t->scores + i * KEYS, KEYS, block, 0);
+        scores_of(query, rows, keys, j, block, w->c, t->scores);
         for (int64_t i = 0; i < rows; i++) {
             float *row = t->scores + i * KEYS;
             __m512 high = _mm512_set1_ps(-INFINITY);
             for (int64_t x = real; x < block; x++) row[x] = -INFINITY;
-            for (int64_t x = 0; x < block; x += LANES) {
-                __m512 y = _mm512_mul_ps(_mm512_loadu_ps(row + x), scale);
-                _mm512_storeu_ps(row + x, y);
-                high = _mm512_max_ps(y, high);
-            }
-            float before = t->greatest[i], now = _mm512_reduce_max_ps(high);
+            for (int64_t x = 0; x < block; x += LANES)
+                high = _mm512_max_ps(_mm512_loadu_ps(row + x), high);
+            float before = t->greatest[i], now = _mm512_reduce_max_ps(high) * factor;
             now = now > before ? now : before;
             __m512 most = _mm512_set1_ps(now), sum = _mm512_setzero_ps();
             for (int64_t x = 0; x < block; x += LANES) {
-                __m512 y = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(row + x), most));
-                if (x + LANES > real) {
-                    __mmask16 inside = real > x ? (1u << (real - x)) - 1 : 0;
-                    y = _mm512_maskz_mov_ps(inside, y);
-                }
+                __m512 y = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(row + x), scale, most));
+                y = _mm512_maskz_mov_ps(lanes(real - x), y);
                 sum = _mm512_add_ps(sum, y);
                 _mm256_storeu_si256((__m256i *)(t->weights + i * KEYS + x),
                                     (__m256i)_mm512_cvtneps_pbh(y));
@@ -154,19 +195,113 @@ static void attend(const Shared *s, int64_t head, int64_t first, Tile *t, float 
                                      _mm512_mul_ps(_mm512_loadu_ps(out + i * s->wide + x),
                                                    _mm512_set1_ps(shrink)));
         }
-        for (int64_t i = 0; i < rows; i += ROWS)
-            columns((uint32_t *)(t->weights + i * KEYS), KEYS / 2, values + j / 2 * s->wide,
-                    s->wide, PANEL, block / 2, out + i * s->wide, s->wide, s->wide, 1);
+        add_rows(t->weights, rows, values + j / 2 * s->wide, block, s->wide, out);
     }
-    bf16 *to = w->out + head / w->heads * w->out_strides[0] + head % w->heads * w->out_strides[1];
     for (int64_t i = 0; i < count; i++) {
-        __m512 factor = _mm512_set1_ps(1 / t->sums[i]);
-        for (int64_t x = 0; x < w->c; x += LANES) {
-            __mmask16 inside = w->c - x >= LANES ? 0xffff : (1u << (w->c - x)) - 1;
-            __m512 y = _mm512_mul_ps(_mm512_loadu_ps(out + i * s->wide + x), factor);
-            _mm256_mask_storeu_epi16(to + (first + i) * w->out_strides[2] + x, inside,
-                                     (__m256i)_mm512_cvtneps_pbh(y));
+        store(out + i * s->wide, 1 / t->sums[i], w->c, row_of(to, first + i));
+        if (w->lse) w->lse[head * w->n + first + i] = t->greatest[i] + log2f(t->sums[i]);
+    }
+}
+
+typedef struct {
+    float scores[QUERIES * KEYS], slopes[QUERIES * KEYS], lse[QUERIES], shared[QUERIES];
+    bf16 slope_rows[QUERIES * KEYS];
+    uint32_t weights[QUERIES / 2 * KEYS], slope_pairs[QUERIES / 2 * KEYS];
+} BackwardTile;
+
+// Two rows of 16 as bfloat16 in pairs.
+static inline __m512i pairs_of(__m256i even, __m256i odd) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(even),
+                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+}
+
+// From scores and products of `grad` and the values to weights p = exp(score - lse) and slopes
+// p (product - shared) scale, in a block of keys of which `real` are there.
+static void slopes_of(const Work *w, BackwardTile *t, int64_t rows, int64_t real, int64_t block) {
+    const __m512 base = _mm512_set1_ps(w->scale * LOG2_E), scale = _mm512_set1_ps(w->scale);
+    for (int64_t i = 0; i < rows; i += 2)
+        for (int64_t x = 0; x < block; x += LANES) {
+            __m256i weights[2], slopes[2];
+            for (int r = 0; r < 2; r++) {
+                int64_t at = (i + r) * KEYS + x;
+                __m512 y = _mm512_fmsub_ps(_mm512_loadu_ps(t->scores + at), base,
+                                           _mm512_set1_ps(t->lse[i + r]));
+                y = _mm512_maskz_mov_ps(lanes(real - x), exp2_of(y));
+                __m512 slope = _mm512_sub_ps(_mm512_loadu_ps(t->slopes + at),
+                                             _mm512_set1_ps(t->shared[i + r]));
+                slope = _mm512_mul_ps(_mm512_mul_ps(y, slope), scale);
+                slope = _mm512_maskz_mov_ps(lanes(real - x), slope);
+                weights[r] = (__m256i)_mm512_cvtneps_pbh(y);
+                slopes[r] = (__m256i)_mm512_cvtneps_pbh(slope);
+                _mm256_storeu_si256((__m256i *)(t->slope_rows + at), slopes[r]);
+            }
+            int64_t at = i / 2 * KEYS + x;
+            _mm512_storeu_si512(t->weights + at, pairs_of(weights[0], weights[1]));
+            _mm512_storeu_si512(t->slope_pairs + at, pairs_of(slopes[0], slopes[1]));
         }
+}
+
+static float dot(const bf16 *a, const bf16 *b, int64_t c) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t x = 0; x < c; x += 2 * LANES) {
+        int64_t left = c - x;
+        __mmask32 inside = left >= 2 * LANES ? 0xffffffff : (1u << left) - 1;
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_maskz_loadu_epi16(inside, a + x),
+                               (__m512bh)_mm512_maskz_loadu_epi16(inside, b + x));
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+// What one thread needs to take a head back; the first four lie one after the other.
+typedef struct {
+    uint32_t *keys, *key_rows, *values;  // packed
+    float *dk, *dv;                      // padded rows of `wide` numbers
+    uint32_t *query_rows, *grad_rows;    // packed
+    float *dq;
+    bf16 *query, *grad;
+    BackwardTile *tile;
+} Space;
+
+static void take_back(const Shared *s, int64_t head, Space *m) {
+    const Work *w = s->work;
+    int64_t wide = s->wide, padded = s->padded, c = w->c;
+    BackwardTile *t = m->tile;
+    Rows q = head_of(w->q, w, head), k = head_of(w->k, w, head), v = head_of(w->v, w, head);
+    Rows out = head_of(w->out, w, head), grad = head_of(w->grad, w, head);
+    Rows dq = head_of(w->dq, w, head), dk = head_of(w->dk, w, head), dv = head_of(w->dv, w, head);
+    pair_channels(k, w->m, c, m->keys);
+    pair_rows(k, w->m, c, wide, m->key_rows);
+    pair_channels(v, w->m, c, m->values);
+    memset(m->dk, 0, sizeof(float) * padded * wide);
+    memset(m->dv, 0, sizeof(float) * padded * wide);
+    for (int64_t first = 0; first < w->n; first += QUERIES) {
+        int64_t count = w->n - first < QUERIES ? w->n - first : QUERIES, rows = up(count, ROWS);
+        copy(q, first, count, c, m->query);
+        copy(grad, first, count, c, m->grad);
+        // the rows of zeros have gradients of zero, whatever their lse
+        pair_rows((Rows){m->query, {0, 0, c}}, QUERIES, c, wide, m->query_rows);
+        pair_rows((Rows){m->grad, {0, 0, c}}, QUERIES, c, wide, m->grad_rows);
+        for (int64_t i = 0; i < count; i++) {
+            t->lse[i] = w->lse[head * w->n + first + i];
+            t->shared[i] = dot(m->grad + i * c, row_of(out, first + i), c);
+        }
+        for (int64_t i = count; i < rows; i++) t->lse[i] = t->shared[i] = 0;
+        memset(m->dq, 0, sizeof(float) * QUERIES * wide);
+        for (int64_t j = 0; j < w->m; j += KEYS) {
+            int64_t real = w->m - j < KEYS ? w->m - j : KEYS, block = up(real, 2 * LANES);
+            scores_of(m->query, rows, m->keys, j, block, c, t->scores);
+            scores_of(m->grad, rows, m->values, j, block, c, t->slopes);
+            slopes_of(w, t, rows, real, block);
+            add_rows(t->slope_rows, rows, m->key_rows + j / 2 * wide, block, wide, m->dq);
+            int64_t keys = up(real, ROWS);
+            add_columns(t->slope_pairs, keys, m->query_rows, rows / 2, wide, m->dk + j * wide);
+            add_columns(t->weights, keys, m->grad_rows, rows / 2, wide, m->dv + j * wide);
+        }
+        for (int64_t i = 0; i < count; i++) store(m->dq + i * wide, 1, c, row_of(dq, first + i));
+    }
+    for (int64_t j = 0; j < w->m; j++) {
+        store(m->dk + j * wide, 1, c, row_of(dk, j));
+        store(m->dv + j * wide, 1, c, row_of(dv, j));
     }
 }
 
@@ -174,8 +309,12 @@ static int64_t next(Shared *s) { return __atomic_fetch_add(&s->next, 1, __ATOMIC
 
 static void *packer(void *arg) {
     Shared *s = arg;
-    int64_t count = s->work->pictures * s->work->heads;
-    for (int64_t i; (i = next(s)) < count;) pack(s, i);
+    const Work *w = s->work;
+    for (int64_t i, count = w->pictures * w->heads; (i = next(s)) < count;) {
+        pair_channels(head_of(w->k, w, i), w->m, w->c, s->keys + i * w->c / 2 * s->padded);
+        pair_rows(head_of(w->v, w, i), w->m, w->c, s->wide,
+                  s->values + i * s->padded / 2 * s->wide);
+    }
     return NULL;
 }
 
@@ -191,6 +330,31 @@ static void *attender(void *arg) {
         for (int64_t i; (i = next(s)) < count;)
             attend(s, i / blocks, i % blocks * QUERIES, t, out, query);
     free(t), free(out), free(query);
+    return NULL;
+}
+
+static void *backward_taker(void *arg) {
+    Shared *s = arg;
+    int64_t c = s->work->c, wide = s->wide, padded = s->padded;
+    // zeroed: what is packed has rows and columns beyond the last
+    Space m = {
+        .keys = calloc(c / 2 * padded, 4), .values = calloc(c / 2 * padded, 4),
+        .key_rows = calloc(padded / 2 * wide, 4),
+        .dk = malloc(sizeof(float) * padded * wide), .dv = malloc(sizeof(float) * padded * wide),
+        .query_rows = calloc(QUERIES / 2 * wide, 4), .grad_rows = calloc(QUERIES / 2 * wide, 4),
+        .dq = malloc(sizeof(float) * QUERIES * wide),
+        .query = malloc(sizeof(bf16) * QUERIES * c), .grad = malloc(sizeof(bf16) * QUERIES * c),
+        .tile = calloc(1, sizeof(BackwardTile)),
+    };
+    void *all[] = {m.keys, m.values, m.key_rows, m.dk, m.dv, m.query_rows, m.grad_rows, m.dq,
+                   m.query, m.grad, m.tile};
+    int64_t parts = sizeof(all) / sizeof(*all), had = 0;
+    for (int64_t i = 0; i < parts; i++) had += all[i] != NULL;
+    if (had < parts) s->failed = 1;
+    else
+        for (int64_t i, count = s->work->pictures * s->work->heads; (i = next(s)) < count;)
+            take_back(s, i, &m);
+    for (int64_t i = 0; i < parts; i++) free(all[i]);
     return NULL;
 }
 
@@ -212,5 +376,13 @@ int attention(const Work *w) {
     if (s.keys && s.values) run(&s, packer), run(&s, attender);
     else s.failed = 1;
     free(s.keys), free(s.values);
+    return s.failed;
+}
+
+// The gradients of q, k and v, each head by one thread; `out` and `lse` are from before.
+int attention_backward(const Work *w) {
+    // a block's last rows are taken ROWS at a time
+    Shared s = {.work = w, .padded = up(w->m, PANEL) + ROWS, .wide = up(w->c, LANES)};
+    run(&s, backward_taker);
     return s.failed;
 }

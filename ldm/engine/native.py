@@ -33,15 +33,19 @@ _FLAGS = (
 )  # fmt: skip
 _LARGE = 2**25  # multiplications from which it pays to start threads
 
-_Strides = ctypes.c_int64 * 3
+
+class _Rows(ctypes.Structure):
+    """As `Rows` in attention.c."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 3)]
 
 
 class _Work(ctypes.Structure):
     """As `Work` in attention.c."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out")),
-        *((f"{name}_strides", _Strides) for name in ("q", "k", "v", "out")),
+        *((name, _Rows) for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")),
+        ("lse", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("pictures", "heads", "n", "m", "c")),
         ("scale", ctypes.c_float),
         ("threads", ctypes.c_int64),
@@ -51,23 +55,59 @@ class _Work(ctypes.Structure):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(c)) v, of queries `b heads n c` and keys and values `b heads m c`.
 
-    It has no gradients.
+    By torch's where the native one does not fit or does not pay. It has no gradients.
     """
-    fits = all(x.dtype == torch.bfloat16 and x.stride(3) == 1 for x in (q, k, v))
-    large = q.numel() * k.shape[2] >= _LARGE
-    if not (fits and large and q.shape[3] % 2 == 0 and (library := native())):
+    if not fits(q, k, v):
         return F.scaled_dot_product_attention(q, k, v)
-    b, heads, n, c = q.shape
-    out = q.new_empty(b, n, heads, c).transpose(1, 2)
-    tensors = (q, k, v, out)
-    work = _Work(
-        *(x.data_ptr() for x in tensors),
-        *(_Strides(*x.stride()[:3]) for x in tensors),
-        *(b, heads, n, k.shape[2], c, c**-0.5, torch.get_num_threads()),
-    )
-    if library.attention(ctypes.byref(work)):
-        raise MemoryError("no memory for the keys and values of attention")
+    out = _like(q)
+    _call("attention", q=q, k=k, v=v, out=out)
     return out
+
+
+def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether native attention can take these, and they are large enough for it to pay."""
+    return (
+        all(x.dtype == torch.bfloat16 and x.stride(3) == 1 for x in (q, k, v))
+        and q.numel() * k.shape[2] >= _LARGE
+        and q.shape[3] % 2 == 0
+        and native() is not None
+    )
+
+
+def attend_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """What `attend` gives of tensors that fit, and what its gradients want besides, `b heads n`."""
+    out, lse = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    _call("attention", q=q, k=k, v=v, out=out, lse=lse)
+    return out, lse
+
+
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, from that of what `attend_forward` gave."""
+    grad = grad if grad.stride(3) == 1 else grad.contiguous()
+    dq, dk, dv = _like(q), _like(k), _like(v)
+    tensors = {"q": q, "k": k, "v": v, "out": out, "grad": grad, "dq": dq, "dk": dk, "dv": dv}
+    _call("attention_backward", **tensors, lse=lse)
+    return dq, dk, dv
+
+
+def _like(x: Tensor) -> Tensor:
+    """An empty tensor of the same shape `b heads n c`, whose heads lie beside each other."""
+    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(
+        1, 2
+    )
+
+
+def _call(function: str, *, lse: Tensor | None = None, **tensors: Tensor) -> None:
+    work = _Work(lse=lse.data_ptr() if lse is not None else None)
+    for name, x in tensors.items():
+        setattr(work, name, _Rows(x.data_ptr(), (ctypes.c_int64 * 3)(*x.stride()[:3])))
+    work.pictures, work.heads, work.n, work.c = tensors["q"].shape
+    work.m, work.scale = tensors["k"].shape[2], work.c**-0.5
+    work.threads = torch.get_num_threads()
+    if getattr(native(), function)(ctypes.byref(work)):
+        raise MemoryError("no memory for the keys and values of attention")
 
 
 @cache

@@ -6,17 +6,13 @@ d width of the context.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.models.layers import GroupNorm
-from ldm.processor import maker
-
-_LONG = 1024  # keys from which the backward pass of bfloat16 is not slow on AMD's processors
 
 
 class Attention(nn.Module):
@@ -28,8 +24,16 @@ class Attention(nn.Module):
         context_width: d, the width of what is attended to; None for self-attention.
         qkv_bias: whether the three projections have a bias.
 
+    Attributes:
+        attend: softmax(q k^T / sqrt(c)) v, of queries `b heads n c` and keys and values
+            `b heads m c`, with c of one head.
+
     Source: Vaswani et al. 2017, equation 1; Rombach et al. 2022, section 3.3.
     """
+
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(
+        F.scaled_dot_product_attention
+    )
 
     def __init__(
         self, width: int, heads: int, context_width: int | None = None, *, qkv_bias: bool = False
@@ -49,7 +53,7 @@ class Attention(nn.Module):
             rearrange(rows, "b n (heads c) -> b heads n c", heads=self.heads)
             for rows in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        out = attend(q, k, v)  # b heads n c/heads
+        out = self.attend(q, k, v)  # b heads n c/heads
         return self.to_out(rearrange(out, "b heads n c -> b n (heads c)"))  # b n c
 
 
@@ -165,27 +169,3 @@ def to_rows(x: Tensor) -> Tensor:
 def to_map(x: Tensor, size: tuple[int, ...]) -> Tensor:
     """Pixels in a row `b h*w c` to a feature map `b c h w`, `size` being h and w."""
     return x.transpose(1, 2).unflatten(2, size)  # b c h w
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(c)) v, of queries `b heads n c` and keys and values `b heads m c`."""
-    half = q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu"
-    slow = half and not (k.shape[2] >= _LONG and maker() == "AuthenticAMD")
-    return _BackwardInFloat32.apply(q, k, v) if slow else F.scaled_dot_product_attention(q, k, v)
-
-
-class _BackwardInFloat32(torch.autograd.Function):
-    """Attention of bfloat16 on a CPU, whose backward pass takes torch two to eight times as long
-    as that of float32; but for long sequences on AMD's, where it takes two thirds of that."""
-
-    @staticmethod
-    def forward(ctx: Any, *qkv: Tensor) -> Tensor:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv)
-        ctx.save_for_backward(*qkv, out, lse)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        saved = [tensor.float() for tensor in (*grads, *ctx.saved_tensors)]
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return tuple(grad.bfloat16() for grad in backward(*saved, 0.0, False))

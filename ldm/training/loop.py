@@ -31,6 +31,7 @@ from ldm.errors import ConfigError, LdmError, suggest
 from ldm.memory import keep_large_blocks
 from ldm.models.unet import UNet
 from ldm.processor import half_pays
+from ldm.training.attention import hasten_attention
 from ldm.training.config import STAGES, TrainingConfig, UNetTraining, learning_rate_at
 from ldm.training.data import make_order, open_data
 from ldm.training.log import Log, find_tracker
@@ -155,6 +156,8 @@ class Run:
             else:
                 module.to(device=device).to(memory_format=torch.channels_last)  # type: ignore
             module.train()
+            if device.type == "cpu":
+                hasten_attention(module)
         self.state = TrainingState(self.stage, config, data)
         self.state.scaler = self.accelerator.scaler
         self.newest: Path | None = None

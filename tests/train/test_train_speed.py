@@ -5,13 +5,20 @@ import torch
 import torch.nn.functional as F
 from train_helpers import run
 
-from ldm.models import attention
-from ldm.models.attention import attend
-from ldm.training import loop
+from ldm.engine import native
+from ldm.models.attention import SpatialTransformer
+from ldm.models.layers import Recomputing
+from ldm.training import attention, loop
+from ldm.training.attention import attend, hasten_attention
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    monkeypatch.setattr(native, "native", lambda: None)
 
 
 @pytest.mark.parametrize(("n", "m"), [(64, 64), (256, 77), (5, 3)])
-def test_bfloat16_attention_and_its_gradients(n, m):
+def test_bfloat16_attention_and_its_gradients(n, m, without_native):
     """On a CPU: forward as torch, gradients nearer to those of float64 than torch's own."""
     torch.manual_seed(0)
     # as the layers make them: heads are cut out of rows
@@ -55,7 +62,75 @@ def test_bfloat16_that_will_be_slow_is_told_of(
         ("GenuineIntel", 1024, True),
     ],
 )
-def test_whose_backward_pass_is_taken(made_by, keys, own, monkeypatch):
+def test_whose_backward_pass_is_taken(made_by, keys, own, monkeypatch, without_native):
     monkeypatch.setattr(attention, "maker", lambda: made_by)
     q, k = (torch.randn(1, 1, n, 8, dtype=torch.bfloat16, requires_grad=True) for n in (4, keys))
     assert (type(attend(q, k, k).grad_fn).__name__ == "_BackwardInFloat32Backward") == own
+
+
+@pytest.mark.parametrize("recompute", [False, True, "selective"])
+def test_native_attention_trains_a_layer(recompute, monkeypatch):
+    """Its gradients are nearer to those of float32 than those of torch's of bfloat16."""
+    if native.native() is None:
+        pytest.skip("needs AVX512-BF16, no AMX, and a C compiler")
+    monkeypatch.setattr(native, "_LARGE", 0)
+    torch.manual_seed(0)
+    block = SpatialTransformer(64, 4, 32, 1, 8, linear=True)
+    parts = Recomputed(block).train()
+    parts.gradient_checkpointing = recompute
+    x, context, pull = (
+        torch.randn(2, 64, 12, 12),
+        torch.randn(2, 77, 32),
+        torch.randn(2, 64, 12, 12),
+    )
+    calls = {"attend_forward": 0, "attend_backward": 0}
+    for name in calls:
+        monkeypatch.setattr(native, name, counted(getattr(native, name), name, calls))
+
+    def gradients(half):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = parts(x, context)
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(out, list(block.parameters()), pull.to(out))]
+        )
+
+    exact, torchs = gradients(False), gradients(True)
+    hasten_attention(block)
+    ours = gradients(True)
+    # two attentions; what is kept selectively is not done twice
+    assert calls == {"attend_forward": 4 if recompute is True else 2, "attend_backward": 2}
+    assert (ours - exact).norm() < 1.02 * (torchs - exact).norm()
+    assert not torch.equal(ours, torchs)
+    assert torch.equal(gradients(False), exact)
+
+
+def test_networks_can_be_compiled_around_it():
+    torch.manual_seed(0)
+    block = SpatialTransformer(64, 4, 32, 1, 8, linear=True).train()
+    x, context = torch.randn(2, 64, 32, 32), torch.randn(2, 77, 32)
+    hasten_attention(block)
+
+    def gradients(network):
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.autograd.grad(network(x, context).square().sum(), list(block.parameters()))
+
+    compiled = torch.compile(block, backend="aot_eager")
+    for ours, plain in zip(gradients(compiled), gradients(block), strict=True):
+        assert (ours - plain).norm() < 1e-2 * plain.norm()
+
+
+class Recomputed(Recomputing):
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, *args):
+        return self.run(self.part, *args)
+
+
+def counted(function, name, calls):
+    def call(*args):
+        calls[name] += 1
+        return function(*args)
+
+    return call

@@ -34,10 +34,18 @@ def distance(a, b):
     return ((a.double() - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("b, heads, n, m, c", [
+def gradients(attend, pull, *qkv):
+    inputs = [x.detach().requires_grad_() for x in qkv]
+    return torch.autograd.grad(attend(*inputs), inputs, pull.to(qkv[0]))
+
+
+SHAPES = [
     (2, 8, 1024, 1024, 40), (2, 3, 200, 77, 80), (1, 1, 96, 96, 512), (2, 2, 50, 33, 10),
     (1, 2, 1, 1, 2), (3, 1, 49, 513, 64), (1, 4, 7, 1000, 160),
-])  # fmt: skip
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("b, heads, n, m, c", SHAPES)
 @pytest.mark.parametrize("scale", [0.1, 1.0, 8.0], ids=["flat", "usual", "peaked"])
 def test_it_is_as_near_to_the_truth_as_torch_s(library, b, heads, n, m, c, scale):
     torch.manual_seed(0)
@@ -47,6 +55,47 @@ def test_it_is_as_near_to_the_truth_as_torch_s(library, b, heads, n, m, c, scale
     assert found.shape == exact.shape
     theirs = distance(F.scaled_dot_product_attention(q, k, v), exact)
     assert distance(found, exact) < 1.05 * theirs + 1e-3
+
+
+@pytest.mark.parametrize("b, heads, n, m, c", SHAPES)
+@pytest.mark.parametrize("scale", [0.1, 1.0, 8.0], ids=["flat", "usual", "peaked"])
+def test_its_gradients_are_as_near_to_the_truth_as_torch_s(library, b, heads, n, m, c, scale):
+    torch.manual_seed(0)
+    q, k, v = rows(b, n, heads, c, scale=scale), rows(b, m, heads, c), rows(b, m, heads, c)
+    pull = rows(b, n, heads, c)
+    torchs = F.scaled_dot_product_attention
+    exact = gradients(torchs, pull, *(x.double() for x in (q, k, v)))
+    theirs = gradients(torchs, pull, q, k, v)
+    out, lse = native.attend_forward(q, k, v)
+    assert torch.equal(out, native.attend(q, k, v))
+    ours = native.attend_backward(pull, q, k, v, out, lse)
+    for mine, other, true in zip(ours, theirs, exact, strict=True):
+        assert mine.shape == true.shape
+        if m == 1:  # one key has all of the weight, whatever it is
+            assert (mine.double() - true).abs().max() < 4e-3 * pull.abs().max()
+        else:
+            assert distance(mine, true) < 1.05 * distance(other, true) + 1e-3
+
+
+def test_gradients_of_any_layout_and_number_of_threads(library):
+    torch.manual_seed(0)
+    q, k, v = rows(2, 300, 3, 40), rows(2, 77, 3, 40), rows(2, 77, 3, 40)
+    out, lse = native.attend_forward(q, k, v)
+    before = torch.get_num_threads()
+    together = native.attend_backward(ones := torch.ones_like(q), q, k, v, out, lse)
+    try:
+        for threads in (1, 5):
+            torch.set_num_threads(threads)
+            again = native.attend_backward(ones, q, k, v, out, lse)
+            assert all(map(torch.equal, again, together))
+    finally:
+        torch.set_num_threads(before)
+    expanded = torch.ones((), dtype=torch.bfloat16).expand(q.shape)  # as that of a sum
+    assert all(map(torch.equal, native.attend_backward(expanded, q, k, v, out, lse), together))
+    alone = native.attend_backward(
+        ones[1:, 2:], q[1:, 2:], k[1:, 2:], v[1:, 2:], out[1:, 2:], lse[1:, 2:].contiguous()
+    )
+    assert all(torch.equal(one, all_[1:, 2:]) for one, all_ in zip(alone, together, strict=True))
 
 
 def test_threads_share_it_out_and_change_nothing(library):
