@@ -42,13 +42,17 @@ class Prepared(nn.Module):
 
 
 class FastGroupNorm(nn.Module):
-    """As `nn.GroupNorm`, of large channels-last pictures as exact as of others.
+    """As `nn.GroupNorm`, of channels-last pictures: large ones as exactly as others, small ones as
+    fast.
 
-    torch sums up the squares of such a picture in float32, of which the digits after the fourth
-    are lost at 512x512. Here each row of pixels is summed up alone, and the rows in float64.
+    torch sums up the squares of a large one in float32, of which the digits after the fourth are
+    lost at 512x512. Here each row of pixels is summed up alone, and the rows in float64. In a small
+    one it goes from pixel to pixel of each group, which takes two to six times as long as the way
+    to the other layout and back where groups are narrow.
     """
 
     LARGE = 64 * 64  # pixels; up to here torch's is exact enough, and faster
+    SMALL, NARROW = 32 * 32, 16  # below so many pixels, and channels in a group
 
     def __init__(self, norm: nn.GroupNorm, *, silu: bool = False):
         super().__init__()
@@ -60,7 +64,10 @@ class FastGroupNorm(nn.Module):
         return F.silu(out, inplace=True) if self.silu else out
 
     def _normalised(self, x: Tensor) -> Tensor:
-        h, w = x.shape[2:]
+        _, c, h, w = x.shape
+        narrow = x.dtype == torch.bfloat16 and c < self.NARROW * self.norm.num_groups
+        if narrow and h * w < self.SMALL:
+            return self.norm(x.contiguous()).contiguous(memory_format=torch.channels_last)
         if x.dtype != torch.float32 or h * w <= self.LARGE:
             return self.norm(x)
         rows = x.permute(0, 2, 3, 1)  # b h w c
