@@ -204,9 +204,9 @@ static void attend(const Shared *s, int64_t head, int64_t first, Tile *t, float 
 }
 
 typedef struct {
-    float scores[QUERIES * KEYS], slopes[QUERIES * KEYS], lse[QUERIES], shared[QUERIES];
-    bf16 slope_rows[QUERIES * KEYS];
-    uint32_t weights[QUERIES / 2 * KEYS], slope_pairs[QUERIES / 2 * KEYS];
+    float scores[QUERIES * KEYS], dweights[QUERIES * KEYS], lse[QUERIES], delta[QUERIES];
+    bf16 dscores[QUERIES * KEYS];
+    uint32_t weight_pairs[QUERIES / 2 * KEYS], dscore_pairs[QUERIES / 2 * KEYS];
 } BackwardTile;
 
 // Two rows of 16 as bfloat16 in pairs.
@@ -215,29 +215,29 @@ static inline __m512i pairs_of(__m256i even, __m256i odd) {
                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
 
-// From scores and products of `grad` and the values to weights p = exp(score - lse) and slopes
-// p (product - shared) scale, in a block of keys of which `real` are there.
-static void slopes_of(const Work *w, BackwardTile *t, int64_t rows, int64_t real, int64_t block) {
+// From scores and the gradients of weights to weights p = exp(score - lse) and the gradients of
+// scores p (dweight - delta) scale, in a block of keys of which `real` are there.
+static void dscores_of(const Work *w, BackwardTile *t, int64_t rows, int64_t real, int64_t block) {
     const __m512 base = _mm512_set1_ps(w->scale * LOG2_E), scale = _mm512_set1_ps(w->scale);
     for (int64_t i = 0; i < rows; i += 2)
         for (int64_t x = 0; x < block; x += LANES) {
-            __m256i weights[2], slopes[2];
+            __m256i weights[2], dscores[2];
             for (int r = 0; r < 2; r++) {
                 int64_t at = (i + r) * KEYS + x;
                 __m512 y = _mm512_fmsub_ps(_mm512_loadu_ps(t->scores + at), base,
                                            _mm512_set1_ps(t->lse[i + r]));
                 y = _mm512_maskz_mov_ps(lanes(real - x), exp2_of(y));
-                __m512 slope = _mm512_sub_ps(_mm512_loadu_ps(t->slopes + at),
-                                             _mm512_set1_ps(t->shared[i + r]));
-                slope = _mm512_mul_ps(_mm512_mul_ps(y, slope), scale);
-                slope = _mm512_maskz_mov_ps(lanes(real - x), slope);
+                __m512 dscore = _mm512_sub_ps(_mm512_loadu_ps(t->dweights + at),
+                                             _mm512_set1_ps(t->delta[i + r]));
+                dscore = _mm512_mul_ps(_mm512_mul_ps(y, dscore), scale);
+                dscore = _mm512_maskz_mov_ps(lanes(real - x), dscore);
                 weights[r] = (__m256i)_mm512_cvtneps_pbh(y);
-                slopes[r] = (__m256i)_mm512_cvtneps_pbh(slope);
-                _mm256_storeu_si256((__m256i *)(t->slope_rows + at), slopes[r]);
+                dscores[r] = (__m256i)_mm512_cvtneps_pbh(dscore);
+                _mm256_storeu_si256((__m256i *)(t->dscores + at), dscores[r]);
             }
             int64_t at = i / 2 * KEYS + x;
-            _mm512_storeu_si512(t->weights + at, pairs_of(weights[0], weights[1]));
-            _mm512_storeu_si512(t->slope_pairs + at, pairs_of(slopes[0], slopes[1]));
+            _mm512_storeu_si512(t->weight_pairs + at, pairs_of(weights[0], weights[1]));
+            _mm512_storeu_si512(t->dscore_pairs + at, pairs_of(dscores[0], dscores[1]));
         }
 }
 
@@ -252,7 +252,7 @@ static float dot(const bf16 *a, const bf16 *b, int64_t c) {
     return _mm512_reduce_add_ps(sum);
 }
 
-// What one thread needs to take a head back; the first four lie one after the other.
+// What one thread needs for the gradients of a head.
 typedef struct {
     uint32_t *keys, *key_rows, *values;  // packed
     float *dk, *dv;                      // padded rows of `wide` numbers
@@ -262,7 +262,8 @@ typedef struct {
     BackwardTile *tile;
 } Space;
 
-static void take_back(const Shared *s, int64_t head, Space *m) {
+// The gradients of q, k and v of a head.
+static void attend_backward(const Shared *s, int64_t head, Space *m) {
     const Work *w = s->work;
     int64_t wide = s->wide, padded = s->padded, c = w->c;
     BackwardTile *t = m->tile;
@@ -283,19 +284,19 @@ static void take_back(const Shared *s, int64_t head, Space *m) {
         pair_rows((Rows){m->grad, {0, 0, c}}, QUERIES, c, wide, m->grad_rows);
         for (int64_t i = 0; i < count; i++) {
             t->lse[i] = w->lse[head * w->n + first + i];
-            t->shared[i] = dot(m->grad + i * c, row_of(out, first + i), c);
+            t->delta[i] = dot(m->grad + i * c, row_of(out, first + i), c);
         }
-        for (int64_t i = count; i < rows; i++) t->lse[i] = t->shared[i] = 0;
+        for (int64_t i = count; i < rows; i++) t->lse[i] = t->delta[i] = 0;
         memset(m->dq, 0, sizeof(float) * QUERIES * wide);
         for (int64_t j = 0; j < w->m; j += KEYS) {
             int64_t real = w->m - j < KEYS ? w->m - j : KEYS, block = up(real, 2 * LANES);
             scores_of(m->query, rows, m->keys, j, block, c, t->scores);
-            scores_of(m->grad, rows, m->values, j, block, c, t->slopes);
-            slopes_of(w, t, rows, real, block);
-            add_rows(t->slope_rows, rows, m->key_rows + j / 2 * wide, block, wide, m->dq);
+            scores_of(m->grad, rows, m->values, j, block, c, t->dweights);
+            dscores_of(w, t, rows, real, block);
+            add_rows(t->dscores, rows, m->key_rows + j / 2 * wide, block, wide, m->dq);
             int64_t keys = up(real, ROWS);
-            add_columns(t->slope_pairs, keys, m->query_rows, rows / 2, wide, m->dk + j * wide);
-            add_columns(t->weights, keys, m->grad_rows, rows / 2, wide, m->dv + j * wide);
+            add_columns(t->dscore_pairs, keys, m->query_rows, rows / 2, wide, m->dk + j * wide);
+            add_columns(t->weight_pairs, keys, m->grad_rows, rows / 2, wide, m->dv + j * wide);
         }
         for (int64_t i = 0; i < count; i++) store(m->dq + i * wide, 1, c, row_of(dq, first + i));
     }
@@ -333,7 +334,7 @@ static void *attender(void *arg) {
     return NULL;
 }
 
-static void *backward_taker(void *arg) {
+static void *backward_attender(void *arg) {
     Shared *s = arg;
     int64_t c = s->work->c, wide = s->wide, padded = s->padded;
     // zeroed: what is packed has rows and columns beyond the last
@@ -353,7 +354,7 @@ static void *backward_taker(void *arg) {
     if (had < parts) s->failed = 1;
     else
         for (int64_t i, count = s->work->pictures * s->work->heads; (i = next(s)) < count;)
-            take_back(s, i, &m);
+            attend_backward(s, i, &m);
     for (int64_t i = 0; i < parts; i++) free(all[i]);
     return NULL;
 }
@@ -383,6 +384,6 @@ int attention(const Work *w) {
 int attention_backward(const Work *w) {
     // a block's last rows are taken ROWS at a time
     Shared s = {.work = w, .padded = up(w->m, PANEL) + ROWS, .wide = up(w->c, LANES)};
-    run(&s, backward_taker);
+    run(&s, backward_attender);
     return s.failed;
 }
