@@ -26,7 +26,7 @@ typedef struct {  // pictures of heads of rows of c numbers
 typedef struct {
     Rows q, k, v, out;
     Rows grad, dq, dk, dv;  // of `out`, and of q, k and v
-    float *lse;             // of each query log2(sum of exp(score)), or NULL: not wanted
+    float *lse;             // pictures heads n, log2(sum of exp(score)); or NULL: not wanted
     int64_t pictures, heads, n, m, c;
     float scale;
     int64_t threads;
@@ -41,6 +41,8 @@ typedef struct {
 } Shared;
 
 static int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+static int64_t blocks_of(const Work *w) { return up(w->n, QUERIES) / QUERIES; }
 
 static Rows head_of(Rows x, const Work *w, int64_t head) {
     x.data += head / w->heads * x.strides[0] + head % w->heads * x.strides[1];
@@ -215,7 +217,7 @@ static inline __m512i pairs_of(__m256i even, __m256i odd) {
                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
 
-// From scores and the gradients of weights to weights p = exp(score - lse) and the gradients of
+// From scores and the gradients of weights to weights p = 2^(score log2(e) - lse) and the gradients of
 // scores p (dweight - delta) scale, in a block of keys of which `real` are there.
 static void dscores_of(const Work *w, BackwardTile *t, int64_t rows, int64_t real, int64_t block) {
     const __m512 base = _mm512_set1_ps(w->scale * LOG2_E), scale = _mm512_set1_ps(w->scale);
@@ -322,7 +324,7 @@ static void *packer(void *arg) {
 static void *attender(void *arg) {
     Shared *s = arg;
     const Work *w = s->work;
-    int64_t blocks = (w->n + QUERIES - 1) / QUERIES, count = w->pictures * w->heads * blocks;
+    int64_t blocks = blocks_of(w), count = w->pictures * w->heads * blocks;
     Tile *t = malloc(sizeof(Tile));
     float *out = malloc(sizeof(float) * QUERIES * s->wide);
     bf16 *query = malloc(sizeof(bf16) * QUERIES * w->c);
@@ -359,8 +361,10 @@ static void *backward_attender(void *arg) {
     return NULL;
 }
 
-static void run(Shared *s, void *(*part)(void *)) {
-    int64_t others = s->work->threads - 1, started = 0;
+// `part` by as many threads as there are, but no more than tasks.
+static void run(Shared *s, void *(*part)(void *), int64_t tasks) {
+    int64_t most = s->work->threads < tasks ? s->work->threads : tasks, others = most - 1;
+    int64_t started = 0;
     pthread_t threads[others > 0 ? others : 1];
     s->next = 0;
     while (started < others && !pthread_create(threads + started, NULL, part, s)) started++;
@@ -374,7 +378,7 @@ int attention(const Work *w) {
     int64_t heads = w->pictures * w->heads;
     s.keys = calloc(heads * w->c / 2 * s.padded, 4);
     s.values = calloc(heads * s.padded / 2 * s.wide, 4);
-    if (s.keys && s.values) run(&s, packer), run(&s, attender);
+    if (s.keys && s.values) run(&s, packer, heads), run(&s, attender, heads * blocks_of(w));
     else s.failed = 1;
     free(s.keys), free(s.values);
     return s.failed;
@@ -384,6 +388,6 @@ int attention(const Work *w) {
 int attention_backward(const Work *w) {
     // a block's last rows are taken ROWS at a time
     Shared s = {.work = w, .padded = up(w->m, PANEL) + ROWS, .wide = up(w->c, LANES)};
-    run(&s, backward_attender);
+    run(&s, backward_attender, w->pictures * w->heads);
     return s.failed;
 }

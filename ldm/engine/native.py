@@ -66,10 +66,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether native attention can take these, and they are large enough for it to pay."""
+    (b, heads, _, c), m = q.shape, k.shape[2]
     return (
-        all(x.dtype == torch.bfloat16 and x.stride(3) == 1 for x in (q, k, v))
-        and q.numel() * k.shape[2] >= _LARGE
-        and q.shape[3] % 2 == 0
+        all(x.is_cpu and x.dtype == torch.bfloat16 and x.stride(3) == 1 for x in (q, k, v))
+        and k.shape == v.shape == (b, heads, m, c)
+        and q.numel() * m >= _LARGE
+        and c % 2 == 0
         and native() is not None
     )
 
@@ -88,7 +90,7 @@ def attend_backward(
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
     dq, dk, dv = _like(q), _like(k), _like(v)
     tensors = {"q": q, "k": k, "v": v, "out": out, "grad": grad, "dq": dq, "dk": dk, "dv": dv}
-    _call("attention_backward", **tensors, lse=lse)
+    _call("attention_backward", **tensors, lse=lse.contiguous())
     return dq, dk, dv
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ldm.engine import native
 from ldm.models.attention import Attention
@@ -17,20 +18,21 @@ _LONG = 1024  # keys from which torch's backward pass is not slow on AMD's proce
 
 
 def hasten_attention(network: nn.Module) -> None:
-    """Let every attention in a network on a CPU go the shorter way."""
-    whole: Any = torch.compiler.disable(attend)  # networks are compiled around it
+    """Let every attention in a network that trains in bfloat16 on a CPU go the shorter way."""
     for module in network.modules():
         if isinstance(module, Attention):
-            module.attend = whole
+            module.attend = attend
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(c)) v, of queries `b heads n c` and keys and values `b heads m c`.
 
-    In bfloat16 by attention.c where there is one, else forward by torch's and backward by torch's
-    of float32. Both are nearer to the truth than torch's of bfloat16.
+    In bfloat16 by attention.c where that is built and pays. Else forward by torch's, and backward
+    by torch's of float32 but where that takes longer. The gradients of either are nearer to the
+    truth than torch's of bfloat16.
     """
-    if native.fits(q, k, v):
+    shared_out = len(q) * q.shape[1] >= torch.get_num_threads()  # backward, a thread takes a head
+    if shared_out and native.fits(q, k, v):
         return _attention(q, k, v)[0]
     slow = q.requires_grad and q.dtype == torch.bfloat16
     if slow and not (k.shape[2] >= _LONG and maker() == "AuthenticAMD"):
@@ -48,6 +50,7 @@ def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -
     ctx.save_for_backward(*inputs, *output)
 
 
+@once_differentiable
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, ...]:
     return native.attend_backward(grad, *ctx.saved_tensors)
 

@@ -76,7 +76,7 @@ class TrainingConfig:
         gradient_checkpointing: recompute activations instead of keeping them: all (`true`), in a
             third more time and least memory, or those that cost hardly any time (`selective`),
             more than a third of it.
-        torch_compile: compile the trained networks; the first step takes minutes.
+        torch_compile: compile the trained networks; the first step takes minutes. It pays on a GPU.
         use_ema: save an exponential moving average of the weights as the model.
         ema_decay: of that average, after its own warm-up.
         dataloader_num_workers: processes that read and prepare pictures.

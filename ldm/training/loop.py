@@ -156,7 +156,8 @@ class Run:
             else:
                 module.to(device=device).to(memory_format=torch.channels_last)  # type: ignore
             module.train()
-            if device.type == "cpu":
+            half = config.mixed_precision == "bf16"
+            if device.type == "cpu" and half and not config.torch_compile:
                 hasten_attention(module)
         self.state = TrainingState(self.stage, config, data)
         self.state.scaler = self.accelerator.scaler

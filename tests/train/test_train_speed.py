@@ -104,19 +104,31 @@ def test_native_attention_trains_a_layer(recompute, monkeypatch):
     assert torch.equal(gradients(False), exact)
 
 
-def test_networks_can_be_compiled_around_it():
-    torch.manual_seed(0)
-    block = SpatialTransformer(64, 4, 32, 1, 8, linear=True).train()
-    x, context = torch.randn(2, 64, 32, 32), torch.randn(2, 77, 32)
-    hasten_attention(block)
+@pytest.mark.parametrize(
+    ("precision", "compiled", "taken"),
+    [("bf16", False, ["AutoencoderKL"]), ("bf16", True, []), ("no", False, [])],
+)
+def test_which_trainings_go_the_shorter_way(
+    precision, compiled, taken, pictures, tmp_path, monkeypatch
+):
+    found = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    monkeypatch.setattr(
+        loop, "hasten_attention", lambda module: found.append(type(module).__name__)
+    )
+    options = {"train_data_dir": str(pictures), "output_dir": tmp_path, "max_train_steps": 1}
+    run("vae", **options, mixed_precision=precision, torch_compile=compiled)
+    assert found == taken
 
-    def gradients(network):
-        with torch.autocast("cpu", torch.bfloat16):
-            return torch.autograd.grad(network(x, context).square().sum(), list(block.parameters()))
 
-    compiled = torch.compile(block, backend="aot_eager")
-    for ours, plain in zip(gradients(compiled), gradients(block), strict=True):
-        assert (ours - plain).norm() < 1e-2 * plain.norm()
+def test_it_has_no_second_derivative(monkeypatch):
+    if native.native() is None:
+        pytest.skip("needs AVX512-BF16, no AMX, and a C compiler")
+    monkeypatch.setattr(native, "_LARGE", 0)
+    rows = [torch.randn(2, 2, 8, 8).bfloat16().requires_grad_() for _ in range(3)]
+    first = torch.autograd.grad(attend(*rows).square().sum(), rows, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first[0].sum().backward()
 
 
 class Recomputed(Recomputing):

@@ -81,21 +81,33 @@ def test_gradients_of_any_layout_and_number_of_threads(library):
     torch.manual_seed(0)
     q, k, v = rows(2, 300, 3, 40), rows(2, 77, 3, 40), rows(2, 77, 3, 40)
     out, lse = native.attend_forward(q, k, v)
-    before = torch.get_num_threads()
-    together = native.attend_backward(ones := torch.ones_like(q), q, k, v, out, lse)
+    pull = torch.randn(2, 3, 300, 40).bfloat16()
+    before, together = torch.get_num_threads(), native.attend_backward(pull, q, k, v, out, lse)
     try:
-        for threads in (1, 5):
+        for threads in (1, 5, 20):
             torch.set_num_threads(threads)
-            again = native.attend_backward(ones, q, k, v, out, lse)
+            again = native.attend_backward(pull, q, k, v, out, lse)
             assert all(map(torch.equal, again, together))
     finally:
         torch.set_num_threads(before)
-    expanded = torch.ones((), dtype=torch.bfloat16).expand(q.shape)  # as that of a sum
-    assert all(map(torch.equal, native.attend_backward(expanded, q, k, v, out, lse), together))
-    alone = native.attend_backward(
-        ones[1:, 2:], q[1:, 2:], k[1:, 2:], v[1:, 2:], out[1:, 2:], lse[1:, 2:].contiguous()
-    )
-    assert all(torch.equal(one, all_[1:, 2:]) for one, all_ in zip(alone, together, strict=True))
+    columns = pull.transpose(2, 3).contiguous().transpose(2, 3)
+    one, number = pull[:, :1].expand_as(q), torch.ones((), dtype=torch.bfloat16).expand_as(q)
+    for given in (rows(2, 300, 3, 40), columns, one, number):
+        plain = native.attend_backward(given.contiguous(), q, k, v, out, lse)
+        assert all(map(torch.equal, native.attend_backward(given, q, k, v, out, lse), plain))
+    parts = [x[1:, 2:] for x in (pull, q, k, v, out, lse)]
+    alone = native.attend_backward(*parts)
+    assert all(torch.equal(a, b[1:, 2:]) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("other", ["one head for all", "values of another width"])
+def test_what_only_torch_s_takes_is_torch_s(library, other):
+    q, k, v = rows(2, 9, 2, 16), rows(2, 5, 2, 16), rows(2, 5, 2, 16)
+    if other == "one head for all":
+        k, v = k[:, :1], v[:, :1]
+    else:
+        v = v[..., :8]
+    assert torch.equal(native.attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
 
 
 def test_threads_share_it_out_and_change_nothing(library):
