@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm.benchmark.cases import ENGINES, Job, Point
 from ldm.benchmark.models import SHAPES, TOKENS, latent_shape
-from ldm.benchmark.worker import Pace
+from ldm.benchmark.pace import Pace
 
 PROMPT, NEGATIVE, GUIDANCE = "a red flower", "", 7.5
 TIMESTEPS = (501.0, 981.0, 741.0, 261.0, 21.0)

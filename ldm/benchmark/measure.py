@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ldm.benchmark.cases import Job, as_dict, usual_variants
-from ldm.benchmark.worker import Turn, Worker
+from ldm.benchmark.pace import Turn
+from ldm.benchmark.worker import Worker
 from ldm.config import check_size
 from ldm.drawing import find_device
 from ldm.errors import LdmError

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from ldm.benchmark.cases import Job
-from ldm.benchmark.worker import Pace
+from ldm.benchmark.pace import Pace
 from ldm.options import DTYPES
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "txt2img.py"

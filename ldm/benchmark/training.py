@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ldm.benchmark.cases import Job
 from ldm.benchmark.models import SHAPES, TOKENS, latent_shape
-from ldm.benchmark.worker import Pace
+from ldm.benchmark.pace import Pace
 
 PRECISION: dict[str, Any] = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 LEARNING_RATE, DECAY, KL = 1e-4, 0.9999, 1e-6

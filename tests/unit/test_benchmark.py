@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from ldm.benchmark.cases import CASES, Job, Point, usual_variants
 from ldm.benchmark.measure import check, difference, figures
 from ldm.benchmark.models import flop, model_folder
+from ldm.benchmark.pace import Pace, Turn, forget_peak, peak_memory
 from ldm.benchmark.report import axis_of
-from ldm.benchmark.worker import Pace, Turn, Worker, forget_peak, peak_memory, side
+from ldm.benchmark.worker import Worker, side
 from ldm.errors import CheckpointError, ConfigError, LdmError
 from ldm.training.cost import flop_counter
 
@@ -140,7 +141,7 @@ def test_flop_are_those_that_diffusers_does(job, tmp_path, name):
 
 def test_short_work_is_done_several_times_a_turn(monkeypatch):
     now = [0.0]  # seconds, of a clock that only the work moves
-    monkeypatch.setattr("ldm.benchmark.worker.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("ldm.benchmark.pace.time.perf_counter", lambda: now[0])
     script, done = Script([Point(8, 8, 1, times=3), Point(8, 8, 1)]), []
     with suppress(SystemExit):
         for point in Pace(script, "cpu"):  # type: ignore[arg-type]
