@@ -4,8 +4,7 @@
 // Tiles of scores stay in cache, and each row's greatest score and sum so far are corrected as they
 // grow (Dao et al. 2022, "FlashAttention", algorithm 1; backward, algorithm 4). Products are of
 // pairs of bfloat16, added up in float32: what is multiplied from the right is packed beforehand,
-// with its channels in pairs where the sum is over channels, with its rows in pairs where it is over
-// rows.
+// with its channels in pairs where the sum is over channels, and its rows where it is over rows.
 #include <immintrin.h>
 #include <math.h>
 #include <pthread.h>
@@ -217,8 +216,8 @@ static inline __m512i pairs_of(__m256i even, __m256i odd) {
                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
 
-// From scores and the gradients of weights to weights p = 2^(score log2(e) - lse) and the gradients of
-// scores p (dweight - delta) scale, in a block of keys of which `real` are there.
+// From scores and the gradients of weights to weights p = 2^(score log2(e) - lse) and the gradients
+// of scores, p (dweight - delta) scale, in a block of keys of which `real` are there.
 static void dscores_of(const Work *w, BackwardTile *t, int64_t rows, int64_t real, int64_t block) {
     const __m512 base = _mm512_set1_ps(w->scale * LOG2_E), scale = _mm512_set1_ps(w->scale);
     for (int64_t i = 0; i < rows; i += 2)
@@ -230,7 +229,7 @@ static void dscores_of(const Work *w, BackwardTile *t, int64_t rows, int64_t rea
                                            _mm512_set1_ps(t->lse[i + r]));
                 y = _mm512_maskz_mov_ps(lanes(real - x), exp2_of(y));
                 __m512 dscore = _mm512_sub_ps(_mm512_loadu_ps(t->dweights + at),
-                                             _mm512_set1_ps(t->delta[i + r]));
+                                              _mm512_set1_ps(t->delta[i + r]));
                 dscore = _mm512_mul_ps(_mm512_mul_ps(y, dscore), scale);
                 dscore = _mm512_maskz_mov_ps(lanes(real - x), dscore);
                 weights[r] = (__m256i)_mm512_cvtneps_pbh(y);

@@ -1,4 +1,4 @@
-"""Attention of bfloat16 on a CPU with AVX512-BF16 and without AMX, by attention.c beside this file.
+"""Attention of bfloat16, and its gradients, by attention.c: on a CPU with AVX512-BF16, without AMX.
 
 torch's own multiplies there at a quarter of the processor's rate. The C compiler of the system
 builds it when it is first wanted, in a second or two; without one, torch's attends.
