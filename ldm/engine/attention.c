@@ -5,18 +5,13 @@
 // grow (Dao et al. 2022, "FlashAttention", algorithm 1; backward, algorithm 4). Products are of
 // pairs of bfloat16, added up in float32: what is multiplied from the right is packed beforehand,
 // with its channels in pairs where the sum is over channels, and its rows where it is over rows.
-#include <immintrin.h>
 #include <math.h>
-#include <pthread.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include "native.h"
 
-enum { ROWS = 6, QUERIES = 48, KEYS = 384, LANES = 16, WIDE = 4, PANEL = LANES * WIDE };
+enum { ROWS = 6, QUERIES = 48, KEYS = 384, WIDE = 4, PANEL = LANES * WIDE };
 
-#define LOG2_E 1.44269504f  // scores become powers of two
-
-typedef uint16_t bf16;
 typedef struct {  // pictures of heads of rows of c numbers
     bf16 *data;
     int64_t strides[3];  // in numbers; that of the last dimension is 1
@@ -121,17 +116,6 @@ static void add_columns(const uint32_t *a, int64_t rows, const uint32_t *b, int6
                         int64_t wide, float *out) {
     for (int64_t i = 0; i < rows; i += ROWS)
         columns(a + i, 1, KEYS, b, wide, PANEL, pairs, out + i * wide, wide, wide, 1);
-}
-
-static inline __m512 exp2_of(__m512 x) {  // to 3e-6; of what is below -126, as of that
-    x = _mm512_max_ps(_mm512_set1_ps(-126), x);  // in this order, what is not a number stays so
-    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 f = _mm512_sub_ps(x, whole), y = _mm512_set1_ps(9.57010034e-3f);
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.59178591e-2f));  // of the least error
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.40247443e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.93121791e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.99999285e-1f));
-    return _mm512_scalef_ps(y, whole);
 }
 
 static inline __mmask16 lanes(int64_t left) {
@@ -307,20 +291,17 @@ static void attend_backward(const Shared *s, int64_t head, Space *m) {
     }
 }
 
-static int64_t next(Shared *s) { return __atomic_fetch_add(&s->next, 1, __ATOMIC_RELAXED); }
-
-static void *packer(void *arg) {
+static void packer(void *arg) {
     Shared *s = arg;
     const Work *w = s->work;
-    for (int64_t i, count = w->pictures * w->heads; (i = next(s)) < count;) {
+    for (int64_t i, count = w->pictures * w->heads; (i = take(&s->next)) < count;) {
         pair_channels(head_of(w->k, w, i), w->m, w->c, s->keys + i * w->c / 2 * s->padded);
         pair_rows(head_of(w->v, w, i), w->m, w->c, s->wide,
                   s->values + i * s->padded / 2 * s->wide);
     }
-    return NULL;
 }
 
-static void *attender(void *arg) {
+static void attender(void *arg) {
     Shared *s = arg;
     const Work *w = s->work;
     int64_t blocks = blocks_of(w), count = w->pictures * w->heads * blocks;
@@ -329,13 +310,12 @@ static void *attender(void *arg) {
     bf16 *query = malloc(sizeof(bf16) * QUERIES * w->c);
     if (!t || !out || !query) s->failed = 1;
     else
-        for (int64_t i; (i = next(s)) < count;)
+        for (int64_t i; (i = take(&s->next)) < count;)
             attend(s, i / blocks, i % blocks * QUERIES, t, out, query);
     free(t), free(out), free(query);
-    return NULL;
 }
 
-static void *backward_attender(void *arg) {
+static void backward_attender(void *arg) {
     Shared *s = arg;
     int64_t c = s->work->c, wide = s->wide, padded = s->padded;
     // zeroed: what is packed has rows and columns beyond the last
@@ -354,21 +334,9 @@ static void *backward_attender(void *arg) {
     for (int64_t i = 0; i < parts; i++) had += all[i] != NULL;
     if (had < parts) s->failed = 1;
     else
-        for (int64_t i, count = s->work->pictures * s->work->heads; (i = next(s)) < count;)
+        for (int64_t i, count = s->work->pictures * s->work->heads; (i = take(&s->next)) < count;)
             attend_backward(s, i, &m);
     for (int64_t i = 0; i < parts; i++) free(all[i]);
-    return NULL;
-}
-
-// `part` by as many threads as there are, but no more than tasks.
-static void run(Shared *s, void *(*part)(void *), int64_t tasks) {
-    int64_t most = s->work->threads < tasks ? s->work->threads : tasks, others = most - 1;
-    int64_t started = 0;
-    pthread_t threads[others > 0 ? others : 1];
-    s->next = 0;
-    while (started < others && !pthread_create(threads + started, NULL, part, s)) started++;
-    part(s);
-    while (started) pthread_join(threads[--started], NULL);
 }
 
 // Gives 0, or 1 for want of memory.
@@ -377,8 +345,10 @@ int attention(const Work *w) {
     int64_t heads = w->pictures * w->heads;
     s.keys = calloc(heads * w->c / 2 * s.padded, 4);
     s.values = calloc(heads * s.padded / 2 * s.wide, 4);
-    if (s.keys && s.values) run(&s, packer, heads), run(&s, attender, heads * blocks_of(w));
-    else s.failed = 1;
+    if (s.keys && s.values) {
+        run(packer, &s, &s.next, heads, w->threads);
+        run(attender, &s, &s.next, heads * blocks_of(w), w->threads);
+    } else s.failed = 1;
     free(s.keys), free(s.values);
     return s.failed;
 }
@@ -387,6 +357,6 @@ int attention(const Work *w) {
 int attention_backward(const Work *w) {
     // a block's last rows are taken ROWS at a time
     Shared s = {.work = w, .padded = up(w->m, PANEL) + ROWS, .wide = up(w->c, LANES)};
-    run(&s, backward_attender, w->pictures * w->heads);
+    run(backward_attender, &s, &s.next, w->pictures * w->heads, w->threads);
     return s.failed;
 }

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.engine.fused import FastResnet, FastUNet, Kit, fast, repeated
-from ldm.engine.native import attend
+from ldm.engine.native import attend, group_norm
 from ldm.engine.onednn import Conv2d, GatedLinear, Linear, Packed
 from ldm.memory import free_blocks, keep_large_blocks, put_aside
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
@@ -42,17 +42,14 @@ class Prepared(nn.Module):
 
 
 class FastGroupNorm(nn.Module):
-    """As `nn.GroupNorm`, of channels-last pictures: more exact of large ones, faster of small ones.
+    """As `nn.GroupNorm`, of channels-last pictures, but more exact of large ones.
 
     torch sums up the squares of a large one in float32, of which the digits after the fourth are
-    lost at 512x512. Here each row of pixels is summed up alone, and the rows in float64. In a small
-    one it goes from pixel to pixel of each group. Where groups are narrow and numbers bfloat16,
-    that takes two to six times as long as going to the other layout and back; in float32, hardly
-    longer.
+    lost at 512x512. Here each row of pixels is summed up alone, and the rows in float64. What is
+    bfloat16 goes by group_norm.c.
     """
 
     LARGE = 64 * 64  # pixels; up to here torch's is exact enough, and faster
-    SMALL, NARROW = 32 * 32, 16  # below so many pixels, and channels in a group
 
     def __init__(self, norm: nn.GroupNorm, *, silu: bool = False):
         super().__init__()
@@ -60,21 +57,14 @@ class FastGroupNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`b c h w` to `b c h w`."""
-        out = self._normalised(x)
-        return F.silu(out, inplace=True) if self.silu else out
-
-    def _normalised(self, x: Tensor) -> Tensor:
-        _, c, h, w = x.shape
-        narrow = x.dtype == torch.bfloat16 and c < self.NARROW * self.norm.num_groups
-        if narrow and h * w < self.SMALL:
-            return self.norm(x.contiguous()).contiguous(memory_format=torch.channels_last)
-        if x.dtype != torch.float32 or h * w <= self.LARGE:
-            return self.norm(x)
+        if x.dtype != torch.float32 or x.shape[2] * x.shape[3] <= self.LARGE:
+            return group_norm(x, self.norm, silu=self.silu)
         rows = x.permute(0, 2, 3, 1)  # b h w c
         mean = rows.mean(2).double().mean(1)  # b c
-        square = torch.linalg.vector_norm(rows, dim=2).double().square().mean(1) / w
+        square = torch.linalg.vector_norm(rows, dim=2).double().square().mean(1) / x.shape[3]
         scale, shift = normalisation_of(self.norm, mean, square)
-        return torch.addcmul(shift, x, scale)
+        out = torch.addcmul(shift, x, scale)
+        return F.silu(out, inplace=True) if self.silu else out
 
 
 class CpuResnet(FastResnet):

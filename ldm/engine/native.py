@@ -1,7 +1,8 @@
-"""Attention of bfloat16, and its gradients, by attention.c: on a CPU with AVX512-BF16, without AMX.
+"""Attention and group normalisation of bfloat16 in C, on a CPU with AVX512-BF16.
 
-torch's own multiplies there at a quarter of the processor's rate. The C compiler of the system
-builds it when it is first wanted, in a second or two; without one, torch's attends.
+torch's attention multiplies there at a quarter of the processor's rate, where there is no AMX; its
+normalisation goes through memory five times for two. The C compiler of the system builds both when
+they are first wanted, in two or three seconds; without one, torch's do it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.checkpoint.io import atomic_file
 from ldm.engine.cache import default_cache, is_private, make_private
@@ -26,12 +27,13 @@ from ldm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("attention.c")
+_HERE = Path(__file__).parent
+SOURCES = (_HERE / "attention.c", _HERE / "group_norm.c")
 _FLAGS = (
-    "-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-fno-math-errno",
+    "-O3", "-std=gnu11", "-shared", "-fPIC", "-fno-math-errno",
     "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma",
 )  # fmt: skip
-_LARGE = 2**25  # multiplications from which it pays to start threads
+_LARGE = 2**18  # multiplications of a product from which attention pays
 
 
 class _Rows(ctypes.Structure):
@@ -50,6 +52,43 @@ class _Work(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("threads", ctypes.c_int64),
     ]
+
+
+class _Norm(ctypes.Structure):
+    """As `Norm` in group_norm.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out")),
+        *((name, ctypes.c_int64) for name in ("pictures", "pixels", "channels", "groups")),
+        ("eps", ctypes.c_float),
+        ("silu", ctypes.c_int),
+        ("threads", ctypes.c_int64),
+    ]
+
+
+def group_norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool) -> Tensor:
+    """`norm` of pictures `b c h w`, and SiLU: channels last, where the native one fits."""
+    if not _normalises(x, norm):
+        out = norm(x)
+        return F.silu(out, inplace=True) if silu else out
+    b, c, h, w = x.shape
+    out = torch.empty_like(x)
+    pointers = (t.data_ptr() for t in (x, norm.weight, norm.bias, out))
+    threads = torch.get_num_threads()
+    work = _Norm(*pointers, b, h * w, c, norm.num_groups, norm.eps, silu, threads)
+    if native().group_norm(ctypes.byref(work)):
+        raise MemoryError("no memory for the sums of group normalisation")
+    return out
+
+
+def _normalises(x: Tensor, norm: nn.GroupNorm) -> bool:
+    return (
+        x.dtype == norm.weight.dtype == torch.bfloat16
+        and x.is_cpu
+        and x.shape[1] % 32 == 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and native() is not None
+    )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -72,6 +111,7 @@ def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and k.shape == v.shape == (b, heads, m, c)
         and q.numel() * m >= _LARGE
         and c % 2 == 0
+        and not torch.cpu._is_amx_tile_supported()  # by which torch's is faster
         and native() is not None
     )
 
@@ -104,7 +144,7 @@ def _like(x: Tensor) -> Tensor:
 def _call(function: str, *, lse: Tensor | None = None, **tensors: Tensor) -> None:
     work = _Work(lse=lse.data_ptr() if lse is not None else None)
     for name, x in tensors.items():
-        setattr(work, name, _Rows(x.data_ptr(), (ctypes.c_int64 * 3)(*x.stride()[:3])))
+        setattr(work, name, _Rows(x.data_ptr(), x.stride()[:3]))
     work.pictures, work.heads, work.n, work.c = tensors["q"].shape
     work.m, work.scale = tensors["k"].shape[2], work.c**-0.5
     work.threads = torch.get_num_threads()
@@ -115,13 +155,13 @@ def _call(function: str, *, lse: Tensor | None = None, **tensors: Tensor) -> Non
 @cache
 def native() -> Any:
     """The library; None where the processor is another, or it cannot be built."""
-    if torch.cpu._is_amx_tile_supported() or not torch.cpu._is_avx512_bf16_supported():
+    if not torch.cpu._is_avx512_bf16_supported():
         return None
     try:
         return ctypes.CDLL(str(_build()))
     except (OSError, subprocess.SubprocessError, ConfigError) as error:
         said = getattr(error, "stderr", "") or error
-        logger.info("attention by torch, two to three times as slow: %s", said)
+        logger.info("attention and normalisation by torch, two to three times as slow: %s", said)
         return None
 
 
@@ -136,10 +176,11 @@ def _build() -> Path:
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise ConfigError("there is no C compiler; install one (apt install gcc)")
-    parts = (SOURCE.read_bytes(), " ".join(_FLAGS).encode(), compiler.encode())
-    file = folder / f"attention-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.so"
+    code = [file.read_bytes() for file in (*SOURCES, _HERE / "native.h")]
+    parts = (*code, " ".join(_FLAGS).encode(), compiler.encode())
+    file = folder / f"native-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.so"
     if not (file.exists() and is_private(file)):
         with atomic_file(file) as temporary:
-            command = [compiler, *_FLAGS, "-o", str(temporary), str(SOURCE), "-lm"]
+            command = [compiler, *_FLAGS, "-o", str(temporary), *map(str, SOURCES), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
     return file

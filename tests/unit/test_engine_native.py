@@ -1,4 +1,4 @@
-"""Attention in C against torch's, both against float64."""
+"""Attention and group normalisation in C against torch's, both against float64."""
 
 import logging
 
@@ -12,7 +12,8 @@ from ldm.engine import native
 @pytest.fixture
 def library(monkeypatch):
     if native.native() is None:
-        pytest.skip("needs AVX512-BF16, no AMX, and a C compiler")
+        pytest.skip("needs AVX512-BF16 and a C compiler")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(native, "_LARGE", 0)
 
 
@@ -141,10 +142,102 @@ def test_other_dtypes_are_torch_s(library):
     assert torch.equal(native.attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
 
 
+def test_where_torch_multiplies_by_tiles_it_attends(library, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert not native.fits(*(rows(1, 64, 2, 16) for _ in range(3)))
+
+
+def picture(b, c, h, w, *, mean=0.5):
+    x = torch.randn(b, c, h, w) * torch.rand(c, 1, 1) + mean
+    return x.bfloat16().contiguous(memory_format=torch.channels_last)
+
+
+def normalisation(groups, channels):
+    norm = torch.nn.GroupNorm(groups, channels).requires_grad_(False)
+    norm.weight.uniform_(0.5, 2)
+    norm.bias.normal_()
+    return norm.bfloat16()
+
+
+def group_norm(x, norm, silu, dtype):
+    out = F.group_norm(
+        x.to(dtype), norm.num_groups, norm.weight.to(dtype), norm.bias.to(dtype), norm.eps
+    )
+    return F.silu(out) if silu else out
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize(
+    "groups, size",
+    [
+        (32, (2, 320, 64, 64)), (16, (3, 64, 7, 5)), (8, (1, 32, 1, 1)), (4, (2, 96, 33, 2)),
+        (1, (1, 32, 9, 9)), (32, (1, 128, 256, 256)),
+    ],
+)  # fmt: skip
+def test_normalisation_is_nearer_to_the_truth_than_torch_s(library, groups, size, silu):
+    torch.manual_seed(0)
+    x, norm = picture(*size), normalisation(groups, size[1])
+    exact, theirs = (group_norm(x, norm, silu, d) for d in (torch.float64, torch.bfloat16))
+    found = native.group_norm(x, norm, silu=silu)
+    assert found.shape == x.shape
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    # of one rounding
+    assert torch.allclose(found.double(), exact, rtol=2**-8, atol=1e-4)
+    if silu:
+        assert distance(found, exact) < 0.8 * distance(theirs, exact)
+
+
+def test_normalisation_of_numbers_far_from_zero(library):
+    torch.manual_seed(0)
+    x, norm = picture(2, 64, 32, 32, mean=100.0), normalisation(8, 64)
+    exact = group_norm(x, norm, False, torch.float64)
+    assert torch.allclose(
+        native.group_norm(x, norm, silu=False).double(), exact, rtol=2**-8, atol=2e-3
+    )
+    flat = torch.full_like(x, 3.0)  # no variance: the bias is left
+    found = native.group_norm(flat, norm, silu=False)
+    assert torch.allclose(found, norm.bias.view(1, 64, 1, 1).expand_as(found), atol=1e-2)
+
+
+def test_threads_and_company_change_nothing_in_normalisation(library):
+    torch.manual_seed(0)
+    x, norm = picture(3, 64, 40, 40), normalisation(8, 64)
+    together, before = native.group_norm(x, norm, silu=True), torch.get_num_threads()
+    try:
+        for threads in (1, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(native.group_norm(x, norm, silu=True), together)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(native.group_norm(x[1:2], norm, silu=True), together[1:2])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows_in_its_group(library, value):
+    x, norm = picture(2, 64, 6, 6), normalisation(8, 64)
+    x[1, 17, 3, 3] = value
+    finite = native.group_norm(x, norm, silu=True).isfinite()
+    assert not finite[1, 16:24].any()
+    assert finite[0].all() and finite[1, :16].all() and finite[1, 24:].all()
+
+
+@pytest.mark.parametrize("what", ["float32", "another layout", "40 channels", "a part of wider"])
+def test_what_it_does_not_normalise_torch_does(library, what):
+    channels = 40 if what == "40 channels" else 64
+    x, norm = picture(2, channels, 6, 6), normalisation(8, channels)
+    if what == "float32":
+        x, norm = x.float(), norm.float()
+    elif what == "another layout":
+        x = x.contiguous()
+    elif what == "a part of wider":
+        x = picture(2, 128, 6, 6)[:, :64]
+    assert torch.equal(native.group_norm(x, norm, silu=True), F.silu(norm(x)))
+
+
 @pytest.mark.parametrize("without", ["a compiler", "a folder of one's own", "the processor"])
-def test_without_it_torch_attends(without, anew, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: without == "the processor")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+def test_without_it_torch_does_it(without, anew, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: without != "the processor")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native, "_LARGE", 0)
     if without == "a compiler":
@@ -153,9 +246,11 @@ def test_without_it_torch_attends(without, anew, tmp_path, monkeypatch, caplog):
         (tmp_path / "ldm" / "compiled").mkdir(parents=True)
         (tmp_path / "ldm" / "compiled").chmod(0o777)
     q, k, v = (rows(1, 9, 2, 16) for _ in range(3))
+    x, norm = picture(2, 64, 6, 6), normalisation(8, 64)
     with caplog.at_level(logging.INFO):
-        found = native.attend(q, k, v)
-    assert torch.equal(found, F.scaled_dot_product_attention(q, k, v))
+        attended, normalised = native.attend(q, k, v), native.group_norm(x, norm, silu=False)
+    assert torch.equal(attended, F.scaled_dot_product_attention(q, k, v))
+    assert torch.equal(normalised, norm(x))
     words = {"a compiler": "no C compiler", "a folder of one's own": "others can write there"}
     assert words.get(without, "") in caplog.text
     assert without != "the processor" or not caplog.text
