@@ -21,15 +21,14 @@ def _libc() -> Any:
 
 @cache
 def keep_large_blocks() -> None:
-    """Have the C library keep freed blocks of up to 64 MiB for their next use.
+    """Have the C library keep freed blocks of up to 512 MiB for their next use.
 
     Activations of many megabytes come and go with every layer; by default the kernel maps and
-    clears each anew. Larger ones still go back to it: kept, they would tear holes into the heap
-    that the next one does not fit.
+    clears each anew, page by page.
     """
     if mallopt := getattr(_libc(), "mallopt", None):  # of glibc
         m_trim_threshold, m_mmap_threshold = -1, -3
-        mallopt(m_mmap_threshold, 2**26)
+        mallopt(m_mmap_threshold, 2**29)
         mallopt(m_trim_threshold, 2**31 - 1)
 
 

@@ -41,6 +41,7 @@ from ldm.inputs import (
     to_mask,
     to_pixels,
 )
+from ldm.memory import free_blocks
 from ldm.model import Model
 from ldm.rng import image_noise
 
@@ -263,7 +264,10 @@ class LatentDiffusionPipeline(Model):
                 self._stack(negatives) if negatives else None,
                 *(None if x is None else x[part] for x in (labels, known, mask, extra)),
             )
-            chunks.append(self.decode(self._denoise(batch, run), output_type))
+            latents = self._denoise(batch, run)
+            if self.device.type == "cpu":
+                free_blocks()  # the U-Net's: a decode is the largest moment, and its are of other sizes
+            chunks.append(self.decode(latents, output_type))
             size = part.stop - part.start
             batches += [(place, size) for place in range(size)]
             if self._interrupt:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ldm.engine.fused import FastResnet, FastUNet, Kit, fast, repeated
 from ldm.engine.native import attend, group_norm
 from ldm.engine.onednn import Conv2d, GatedLinear, Linear, Packed
-from ldm.memory import free_blocks, keep_large_blocks, put_aside
+from ldm.memory import keep_large_blocks, put_aside
 from ldm.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.models.layers import ResnetBlock, Upsample, normalisation_of
 from ldm.models.unet import UNet
@@ -55,15 +55,15 @@ class FastGroupNorm(nn.Module):
         super().__init__()
         self.norm, self.silu = norm, silu
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`b c h w` to `b c h w`."""
+    def forward(self, x: Tensor, *, inplace: bool = False) -> Tensor:
+        """`b c h w` to `b c h w`, which may be in the place of `x`."""
         if x.dtype != torch.float32 or x.shape[2] * x.shape[3] <= self.LARGE:
-            return group_norm(x, self.norm, silu=self.silu)
+            return group_norm(x, self.norm, silu=self.silu, inplace=inplace)
         rows = x.permute(0, 2, 3, 1)  # b h w c
         mean = rows.mean(2).double().mean(1)  # b c
         square = torch.linalg.vector_norm(rows, dim=2).double().square().mean(1) / x.shape[3]
         scale, shift = normalisation_of(self.norm, mean, square)
-        out = torch.addcmul(shift, x, scale)
+        out = torch.addcmul(shift, x, scale, out=x if inplace else None)
         return F.silu(out, inplace=True) if self.silu else out
 
 
@@ -80,8 +80,11 @@ class CpuResnet(FastResnet):
         else:
             rows = repeated(emb[:, self.times], len(x))
             h = self.conv1(h, bias=torch.zeros_like(rows[0])).add_(rows[:, :, None, None])
-        h = self.norm2(h)  # in h again, which frees the map it was
-        return self.conv2(h, other=self.carried(x))
+        h = self.norm2(h, inplace=True)
+        # The autoencoder reads no input again. The U-Net keeps some, but those that a shortcut has
+        # made others of.
+        inplace = emb is None or self.shortcut is not None
+        return self.conv2(h, other=self.carried(x), inplace=inplace)
 
 
 class FastUpsample(nn.Module):
@@ -117,11 +120,11 @@ class FastUpsample(nn.Module):
         if size is not None and tuple(size) != (2 * h, 2 * w):
             return self.plain(x, size)
         windows = self.conv(x).permute(0, 2, 3, 1).unflatten(-1, (2, 2, -1))  # b h+1 w+1 2 2 o
-        out = windows.new_empty(b, h, 2, w, 2, windows.shape[-1])
-        for p in (0, 1):
-            for q in (0, 1):
-                out[:, :, p, :, q] = windows[:, p : p + h, q : q + w, p, q]
-        return out.view(b, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)  # b o 2h 2w
+        picture, row, column, p, q, channel = windows.stride()
+        # even rows and columns of the first of two, odd ones of the second
+        size = (b, h, 2, w, 2, windows.shape[-1])
+        out = windows.as_strided(size, (picture, row, row + p, column, column + q, channel))
+        return out.reshape(b, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)  # b o 2h 2w
 
 
 class CpuUNet(Prepared):
@@ -175,7 +178,6 @@ class CpuAutoencoder(Prepared):
 
     def decode(self, latents: Tensor) -> Tensor:
         """As `AutoencoderKL.decode`."""
-        free_blocks()  # the U-Net's, before the largest moment of a picture
         return without_gradients(self.vae.decode, latents)
 
 

@@ -66,13 +66,16 @@ class _Norm(ctypes.Structure):
     ]
 
 
-def group_norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool) -> Tensor:
-    """`norm` of pictures `b c h w`, and SiLU: channels last, where the native one fits."""
+def group_norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool, inplace: bool = False) -> Tensor:
+    """`norm` of pictures `b c h w`, and SiLU; natively where they are bfloat16, channels last.
+
+    With `inplace` it may be in the place of `x`.
+    """
     if not _normalises(x, norm):
         out = norm(x)
         return F.silu(out, inplace=True) if silu else out
     b, c, h, w = x.shape
-    out = torch.empty_like(x)
+    out = x if inplace else torch.empty_like(x)
     pointers = (t.data_ptr() for t in (x, norm.weight, norm.bias, out))
     threads = torch.get_num_threads()
     work = _Norm(*pointers, b, h * w, c, norm.num_groups, norm.eps, silu, threads)

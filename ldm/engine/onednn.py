@@ -27,6 +27,7 @@ _OPERATORS = (
     "_linear_pointwise",
     "_reorder_convolution_weight",
     "_convolution_pointwise",
+    "_convolution_pointwise_",
 )
 # Multiplications from which oneDNN pays in a linear layer of float32, measured on AVX-512.
 _LARGE = 2**26
@@ -196,9 +197,17 @@ class Conv2d(Packed):
         return _ops._reorder_convolution_weight(weight, *self.geometry, shape)
 
     def forward(
-        self, x: Tensor, *, bias: Tensor | None = None, other: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        bias: Tensor | None = None,
+        other: Tensor | None = None,
+        inplace: bool = False,
     ) -> Tensor:
-        """`b c h w` to `b o h w`; plus `other`, of the result's shape. `bias` as `Linear`'s."""
+        """`b c h w` to `b o h w`; plus `other`, of the result's shape, in whose place it may be.
+
+        `bias` as `Linear`'s.
+        """
         bias = self.bias if bias is None else bias
         x = x.contiguous(memory_format=torch.channels_last)
         padding, stride, dilation, groups = self.geometry
@@ -208,4 +217,7 @@ class Conv2d(Packed):
         given = (self.fit(x.shape), bias, padding, stride, dilation, groups)
         if other is None:
             return _ops._convolution_pointwise(x, *given, "none", [], "")
-        return _ops._convolution_pointwise.binary(x, other, *given, "add", None, None, [], None)
+        how = ("add", None, None, [], None)
+        if inplace:
+            return _ops._convolution_pointwise_.binary(other, x, *given, *how)
+        return _ops._convolution_pointwise.binary(x, other, *given, *how)
