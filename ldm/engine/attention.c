@@ -10,7 +10,7 @@
 #include <string.h>
 #include "native.h"
 
-enum { ROWS = 6, QUERIES = 48, KEYS = 384, WIDE = 4, PANEL = LANES * WIDE };
+enum { ROWS = 6, QUERIES = 48, KEYS = 384, HALF = LANES / 2, WIDE = 4, PANEL = LANES * WIDE };
 
 typedef struct {  // pictures of heads of rows of c numbers
     bf16 *data;
@@ -59,40 +59,55 @@ static void pair_rows(Rows x, int64_t count, int64_t c, int64_t wide, uint32_t *
             ((bf16 *)(to + j / 2 * wide + i))[j % 2] = row_of(x, j)[i];
 }
 
-// out[r][16 v ...] = start + sum over p of the pairs a[r][p] and b[p][16 v ...]
+// out[r][16 v ...] = start + sum over p of the pairs a[r][p] and b[p][16 v ...]; `half` a vector more
 static inline __attribute__((always_inline)) void product(
     const uint32_t *a, int64_t a_row, int64_t a_pair, const uint32_t *b, int64_t b_row,
-    int64_t pairs, float *out, int64_t out_row, int vectors, int add) {
+    int64_t pairs, float *out, int64_t out_row, int vectors, int half, int add) {
     __m512 sum[ROWS][WIDE];
-    for (int r = 0; r < ROWS; r++)
+    __m256 rest[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        const float *start = out + r * out_row;
         for (int v = 0; v < vectors; v++)
-            sum[r][v] = add ? _mm512_loadu_ps(out + r * out_row + LANES * v) : _mm512_setzero_ps();
-    for (int64_t p = 0; p < pairs; p++) {
+            sum[r][v] = add ? _mm512_loadu_ps(start + LANES * v) : _mm512_setzero_ps();
+        if (half) rest[r] = add ? _mm256_loadu_ps(start + LANES * vectors) : _mm256_setzero_ps();
+    }
+    for (int64_t p = 0; p < pairs; p++, b += b_row) {
         __m512bh row[WIDE];
-        for (int v = 0; v < vectors; v++)
-            row[v] = (__m512bh)_mm512_loadu_si512(b + p * b_row + LANES * v);
+        __m256bh end;
+        for (int v = 0; v < vectors; v++) row[v] = (__m512bh)_mm512_loadu_si512(b + LANES * v);
+        if (half) end = (__m256bh)_mm256_loadu_si256((const __m256i *)(b + LANES * vectors));
         for (int r = 0; r < ROWS; r++) {
-            __m512bh pair = (__m512bh)_mm512_set1_epi32(a[r * a_row + p * a_pair]);
+            __m512i pair = _mm512_set1_epi32(a[r * a_row + p * a_pair]);
             for (int v = 0; v < vectors; v++)
-                sum[r][v] = _mm512_dpbf16_ps(sum[r][v], pair, row[v]);
+                sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)pair, row[v]);
+            if (half)
+                rest[r] = _mm256_dpbf16_ps(rest[r], (__m256bh)_mm512_castsi512_si256(pair), end);
         }
     }
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < ROWS; r++) {
         for (int v = 0; v < vectors; v++)
             _mm512_storeu_ps(out + r * out_row + LANES * v, sum[r][v]);
+        if (half) _mm256_storeu_ps(out + r * out_row + LANES * vectors, rest[r]);
+    }
 }
 
-// The same for any width; b is a panel after the other, `panel` apart.
+// The same for any width in half vectors; b is a panel after the other, `panel` apart.
 static inline __attribute__((always_inline)) void columns(
     const uint32_t *a, int64_t a_row, int64_t a_pair, const uint32_t *b, int64_t b_row,
     int64_t panel, int64_t pairs, float *out, int64_t out_row, int64_t width, int add) {
-    for (int64_t x = 0; x < width; x += PANEL, b += panel) {
-        int64_t left = (width - x) / LANES;
-        if (left >= 4) product(a, a_row, a_pair, b, b_row, pairs, out + x, out_row, 4, add);
-        else if (left == 3) product(a, a_row, a_pair, b, b_row, pairs, out + x, out_row, 3, add);
-        else if (left == 2) product(a, a_row, a_pair, b, b_row, pairs, out + x, out_row, 2, add);
-        else product(a, a_row, a_pair, b, b_row, pairs, out + x, out_row, 1, add);
+#define PRODUCT(vectors, half) \
+    product(a, a_row, a_pair, b, b_row, pairs, out + x, out_row, vectors, half, add)
+    for (int64_t x = 0; x < width; x += PANEL, b += panel) switch ((width - x) / HALF) {
+        case 1: PRODUCT(0, 1); break;
+        case 2: PRODUCT(1, 0); break;
+        case 3: PRODUCT(1, 1); break;
+        case 4: PRODUCT(2, 0); break;
+        case 5: PRODUCT(2, 1); break;
+        case 6: PRODUCT(3, 0); break;
+        case 7: PRODUCT(3, 1); break;
+        default: PRODUCT(4, 0);
     }
+#undef PRODUCT
 }
 
 // scores[rows][KEYS] = a b^T, over channels; b from its row j, packed by `pair_channels`.
@@ -104,18 +119,18 @@ static void scores_of(const bf16 *a, int64_t rows, const uint32_t *b, int64_t j,
 }
 
 // out[rows][wide] += a b; a of KEYS columns, b packed by `pair_rows`.
-static void add_rows(const bf16 *a, int64_t rows, const uint32_t *b, int64_t block, int64_t wide,
-                     float *out) {
+static void add_rows(const bf16 *a, int64_t rows, const uint32_t *b, int64_t block, int64_t c,
+                     int64_t wide, float *out) {
     for (int64_t i = 0; i < rows; i += ROWS)
         columns((uint32_t *)a + i * KEYS / 2, KEYS / 2, 1, b, wide, PANEL, block / 2,
-                out + i * wide, wide, wide, 1);
+                out + i * wide, wide, up(c, HALF), 1);
 }
 
 // out[rows][wide] += a^T b; both with their rows in pairs, a of KEYS columns.
 static void add_columns(const uint32_t *a, int64_t rows, const uint32_t *b, int64_t pairs,
-                        int64_t wide, float *out) {
+                        int64_t c, int64_t wide, float *out) {
     for (int64_t i = 0; i < rows; i += ROWS)
-        columns(a + i, 1, KEYS, b, wide, PANEL, pairs, out + i * wide, wide, wide, 1);
+        columns(a + i, 1, KEYS, b, wide, PANEL, pairs, out + i * wide, wide, up(c, HALF), 1);
 }
 
 static inline __mmask16 lanes(int64_t left) {
@@ -166,8 +181,7 @@ static void attend(const Shared *s, int64_t head, int64_t first, Tile *t, float 
             __m512 most = _mm512_set1_ps(now), sum = _mm512_setzero_ps();
             for (int64_t x = 0; x < block; x += LANES) {
                 __m512 y = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(row + x), scale, most));
-                y = _mm512_maskz_mov_ps(lanes(real - x), y);
-                sum = _mm512_add_ps(sum, y);
+                sum = _mm512_add_ps(sum, y);  // beyond the last key 2^-126, which 1 does not feel
                 _mm256_storeu_si256((__m256i *)(t->weights + i * KEYS + x),
                                     (__m256i)_mm512_cvtneps_pbh(y));
             }
@@ -180,7 +194,7 @@ static void attend(const Shared *s, int64_t head, int64_t first, Tile *t, float 
                                      _mm512_mul_ps(_mm512_loadu_ps(out + i * s->wide + x),
                                                    _mm512_set1_ps(shrink)));
         }
-        add_rows(t->weights, rows, values + j / 2 * s->wide, block, s->wide, out);
+        add_rows(t->weights, rows, values + j / 2 * s->wide, block, w->c, s->wide, out);
     }
     for (int64_t i = 0; i < count; i++) {
         store(out + i * s->wide, 1 / t->sums[i], w->c, row_of(to, first + i));
@@ -278,10 +292,10 @@ static void attend_backward(const Shared *s, int64_t head, Space *m) {
             scores_of(m->query, rows, m->keys, j, block, c, t->scores);
             scores_of(m->grad, rows, m->values, j, block, c, t->dweights);
             dscores_of(w, t, rows, real, block);
-            add_rows(t->dscores, rows, m->key_rows + j / 2 * wide, block, wide, m->dq);
+            add_rows(t->dscores, rows, m->key_rows + j / 2 * wide, block, c, wide, m->dq);
             int64_t keys = up(real, ROWS);
-            add_columns(t->dscore_pairs, keys, m->query_rows, rows / 2, wide, m->dk + j * wide);
-            add_columns(t->weight_pairs, keys, m->grad_rows, rows / 2, wide, m->dv + j * wide);
+            add_columns(t->dscore_pairs, keys, m->query_rows, rows / 2, c, wide, m->dk + j * wide);
+            add_columns(t->weight_pairs, keys, m->grad_rows, rows / 2, c, wide, m->dv + j * wide);
         }
         for (int64_t i = 0; i < count; i++) store(m->dq + i * wide, 1, c, row_of(dq, first + i));
     }
