@@ -71,8 +71,11 @@ class CpuResnet(FastResnet):
     """As `ResnetBlock`."""
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        """`b c h w` and `b e`, or `1 e` for all pictures, to `b o h w`."""
-        h = self.norm1(x)
+        """`b c h w` and `b e`, or `1 e` for all pictures, to `b o h w`; without `emb` it may be made
+        in the place of `x`."""
+        carried = self.carried(x)
+        other, own = carried is not x, emb is None  # the U-Net reads some inputs again
+        h = self.norm1(x, inplace=other and own)
         if emb is None:
             h = self.conv1(h)
         elif len(emb) == 1:  # the time takes the place of the convolution's bias, which it contains
@@ -81,10 +84,7 @@ class CpuResnet(FastResnet):
             rows = repeated(emb[:, self.times], len(x))
             h = self.conv1(h, bias=torch.zeros_like(rows[0])).add_(rows[:, :, None, None])
         h = self.norm2(h, inplace=True)
-        # The autoencoder reads no input again. The U-Net keeps some, but those that a shortcut has
-        # made others of.
-        inplace = emb is None or self.shortcut is not None
-        return self.conv2(h, other=self.carried(x), inplace=inplace)
+        return self.conv2(h, other=carried, inplace=other or own)
 
 
 class FastUpsample(nn.Module):
