@@ -266,7 +266,7 @@ class LatentDiffusionPipeline(Model):
             )
             latents = self._denoise(batch, run)
             if self.device.type == "cpu":
-                free_blocks()  # the U-Net's: a decode is the largest moment, and its are of other sizes
+                free_blocks()  # the U-Net's, before the largest moment of a picture
             chunks.append(self.decode(latents, output_type))
             size = part.stop - part.start
             batches += [(place, size) for place in range(size)]

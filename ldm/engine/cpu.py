@@ -71,8 +71,10 @@ class CpuResnet(FastResnet):
     """As `ResnetBlock`."""
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        """`b c h w` and `b e`, or `1 e` for all pictures, to `b o h w`; without `emb` it may be made
-        in the place of `x`."""
+        """`b c h w` and `b e`, or `1 e` for all pictures, to `b o h w`.
+
+        Without `emb` it may be in the place of `x`.
+        """
         carried = self.carried(x)
         other, own = carried is not x, emb is None  # the U-Net reads some inputs again
         h = self.norm1(x, inplace=other and own)
@@ -121,9 +123,9 @@ class FastUpsample(nn.Module):
             return self.plain(x, size)
         windows = self.conv(x).permute(0, 2, 3, 1).unflatten(-1, (2, 2, -1))  # b h+1 w+1 2 2 o
         picture, row, column, p, q, channel = windows.stride()
-        # even rows and columns of the first of two, odd ones of the second
-        size = (b, h, 2, w, 2, windows.shape[-1])
-        out = windows.as_strided(size, (picture, row, row + p, column, column + q, channel))
+        parts = (b, h, 2, w, 2, windows.shape[-1])
+        # from an even row to the odd one: to the next window, and its other phase; so of columns
+        out = windows.as_strided(parts, (picture, row, row + p, column, column + q, channel))
         return out.reshape(b, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)  # b o 2h 2w
 
 
