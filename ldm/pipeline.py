@@ -265,7 +265,7 @@ class LatentDiffusionPipeline(Model):
                 *(None if x is None else x[part] for x in (labels, known, mask, extra)),
             )
             latents = self._denoise(batch, run)
-            if self.device.type == "cpu":
+            if self.device.type == "cpu" and output_type != "latent":
                 free_blocks()  # the U-Net's, before the largest moment of a picture
             chunks.append(self.decode(latents, output_type))
             size = part.stop - part.start

@@ -318,13 +318,14 @@ static void packer(void *arg) {
 static void attender(void *arg) {
     Shared *s = arg;
     const Work *w = s->work;
-    int64_t blocks = blocks_of(w), count = w->pictures * w->heads * blocks;
+    int64_t blocks = blocks_of(w), count = w->pictures * w->heads * blocks, i = take(&s->next);
+    if (i >= count) return;  // before it takes memory
     Tile *t = malloc(sizeof(Tile));
     float *out = malloc(sizeof(float) * QUERIES * s->wide);
     bf16 *query = malloc(sizeof(bf16) * QUERIES * w->c);
     if (!t || !out || !query) s->failed = 1;
     else
-        for (int64_t i; (i = take(&s->next)) < count;)
+        for (; i < count; i = take(&s->next))
             attend(s, i / blocks, i % blocks * QUERIES, t, out, query);
     free(t), free(out), free(query);
 }
@@ -332,6 +333,8 @@ static void attender(void *arg) {
 static void backward_attender(void *arg) {
     Shared *s = arg;
     int64_t c = s->work->c, wide = s->wide, padded = s->padded;
+    int64_t count = s->work->pictures * s->work->heads, head = take(&s->next);
+    if (head >= count) return;
     // zeroed: what is packed has rows and columns beyond the last
     Space m = {
         .keys = calloc(c / 2 * padded, 4), .values = calloc(c / 2 * padded, 4),
@@ -348,8 +351,7 @@ static void backward_attender(void *arg) {
     for (int64_t i = 0; i < parts; i++) had += all[i] != NULL;
     if (had < parts) s->failed = 1;
     else
-        for (int64_t i, count = s->work->pictures * s->work->heads; (i = take(&s->next)) < count;)
-            attend_backward(s, i, &m);
+        for (; head < count; head = take(&s->next)) attend_backward(s, head, &m);
     for (int64_t i = 0; i < parts; i++) free(all[i]);
 }
 

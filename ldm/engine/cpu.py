@@ -56,7 +56,7 @@ class FastGroupNorm(nn.Module):
         self.norm, self.silu = norm, silu
 
     def forward(self, x: Tensor, *, inplace: bool = False) -> Tensor:
-        """`b c h w` to `b c h w`, which may be in the place of `x`."""
+        """`b c h w` to `b c h w`; with `inplace`, the result may be written over `x`."""
         if x.dtype != torch.float32 or x.shape[2] * x.shape[3] <= self.LARGE:
             return group_norm(x, self.norm, silu=self.silu, inplace=inplace)
         rows = x.permute(0, 2, 3, 1)  # b h w c
@@ -73,11 +73,12 @@ class CpuResnet(FastResnet):
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """`b c h w` and `b e`, or `1 e` for all pictures, to `b o h w`.
 
-        Without `emb` it may be in the place of `x`.
+        Without `emb` the result may be written over `x`.
         """
-        carried = self.carried(x)
-        other, own = carried is not x, emb is None  # the U-Net reads some inputs again
-        h = self.norm1(x, inplace=other and own)
+        carried = self.carried(x)  # before anything is written over x
+        fresh = carried is not x
+        last = emb is None  # in an autoencoder nobody reads x again; the U-Net keeps some as skips
+        h = self.norm1(x, inplace=last and fresh)
         if emb is None:
             h = self.conv1(h)
         elif len(emb) == 1:  # the time takes the place of the convolution's bias, which it contains
@@ -86,7 +87,7 @@ class CpuResnet(FastResnet):
             rows = repeated(emb[:, self.times], len(x))
             h = self.conv1(h, bias=torch.zeros_like(rows[0])).add_(rows[:, :, None, None])
         h = self.norm2(h, inplace=True)
-        return self.conv2(h, other=carried, inplace=other or own)
+        return self.conv2(h, other=carried, inplace=last or fresh)
 
 
 class FastUpsample(nn.Module):
@@ -124,7 +125,7 @@ class FastUpsample(nn.Module):
         windows = self.conv(x).permute(0, 2, 3, 1).unflatten(-1, (2, 2, -1))  # b h+1 w+1 2 2 o
         picture, row, column, p, q, channel = windows.stride()
         parts = (b, h, 2, w, 2, windows.shape[-1])
-        # from an even row to the odd one: to the next window, and its other phase; so of columns
+        # Pixel (2i + p, 2j + q) is phase (p, q) of window (i + p, j + q).
         out = windows.as_strided(parts, (picture, row, row + p, column, column + q, channel))
         return out.reshape(b, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)  # b o 2h 2w
 

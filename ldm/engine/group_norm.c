@@ -1,17 +1,20 @@
 // Group normalisation of channels-last bfloat16, and SiLU after it: two passes over a picture, where
-// torch takes five, one rounding, and sums as exact as float32's in float64.
+// torch takes five, and one rounding.
 #include <math.h>
 #include <stdlib.h>
 #include "native.h"
 
-// Numbers that a task takes at least, tasks of a picture at most, and pixels that float32 adds up.
-enum { TASK = 16384, TASKS = 32, RUN = 64 };
+enum {
+    TASK = 16384,  // numbers that a task has at least
+    PARTS = 32,    // that a picture is cut into at most
+    PIXELS = 64,   // added up in float32, before float64 takes over
+};
 
 typedef struct {
     const bf16 *x;  // pictures pixels channels
     const bf16 *weight, *bias;
     bf16 *out;
-    int64_t pictures, pixels, channels, groups;  // channels are a multiple of 2 LANES
+    int64_t pictures, pixels, channels, groups;  // channels are a multiple of LANES
     float eps;
     int silu;
     int64_t threads;
@@ -24,13 +27,9 @@ typedef struct {
     float *scale, *shift;  // pictures channels
 } Pass;
 
-static inline __m512 wide(__m256i x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-}
-
-static inline void load(const bf16 *x, __m512 *low, __m512 *high) {
-    *low = wide(_mm256_loadu_si256((const __m256i *)x));
-    *high = wide(_mm256_loadu_si256((const __m256i *)(x + LANES)));
+static inline __m512 load(const bf16 *x) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
 // The first pixel of a part of a picture.
@@ -43,7 +42,7 @@ static inline void add(double *to, __m512 x) {
     _mm512_storeu_pd(to + 8, _mm512_add_pd(_mm512_loadu_pd(to + 8), high));
 }
 
-static void adder(void *arg) {
+static void sum_up(void *arg) {
     Pass *p = arg;
     const Norm *n = p->norm;
     int64_t c = n->channels;
@@ -51,23 +50,17 @@ static void adder(void *arg) {
         double *sums = p->sums + i * 2 * c;  // zeros
         const bf16 *x = n->x + i / p->parts * n->pixels * c;
         int64_t end = start(p, i % p->parts + 1);
-        for (int64_t first = start(p, i % p->parts); first < end; first += RUN) {
-            int64_t last = first + RUN < end ? first + RUN : end;
-            for (int64_t k = 0; k < c; k += 2 * LANES) {
-                __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-                __m512 squares[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (int64_t first = start(p, i % p->parts); first < end; first += PIXELS) {
+            int64_t last = first + PIXELS < end ? first + PIXELS : end;
+            for (int64_t k = 0; k < c; k += LANES) {
+                __m512 sum = _mm512_setzero_ps(), squares = sum;
                 for (int64_t pixel = first; pixel < last; pixel++) {
-                    __m512 y[2];
-                    load(x + pixel * c + k, y, y + 1);
-                    for (int h = 0; h < 2; h++) {
-                        sum[h] = _mm512_add_ps(sum[h], y[h]);
-                        squares[h] = _mm512_fmadd_ps(y[h], y[h], squares[h]);
-                    }
+                    __m512 y = load(x + pixel * c + k);
+                    sum = _mm512_add_ps(sum, y);
+                    squares = _mm512_fmadd_ps(y, y, squares);
                 }
-                for (int h = 0; h < 2; h++) {
-                    add(sums + k + LANES * h, sum[h]);
-                    add(sums + c + k + LANES * h, squares[h]);
-                }
+                add(sums + k, sum);
+                add(sums + c + k, squares);
             }
         }
     }
@@ -79,7 +72,7 @@ static float number(bf16 x) {
 }
 
 // From sums to what each channel of a picture is multiplied by, and what is added to it.
-static void fit(const Pass *p, int64_t picture) {
+static void scales_of(const Pass *p, int64_t picture) {
     const Norm *n = p->norm;
     int64_t c = n->channels, size = c / n->groups;
     for (int64_t first = 0; first < c; first += size) {
@@ -104,7 +97,7 @@ static inline __m512 silu_of(__m512 x) {
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), power));
 }
 
-static void scaler(void *arg) {
+static void apply(void *arg) {
     Pass *p = arg;
     const Norm *n = p->norm;
     int64_t c = n->channels;
@@ -112,16 +105,12 @@ static void scaler(void *arg) {
         int64_t picture = i / p->parts, end = picture * n->pixels + start(p, i % p->parts + 1);
         const float *scale = p->scale + picture * c, *shift = p->shift + picture * c;
         for (int64_t pixel = picture * n->pixels + start(p, i % p->parts); pixel < end; pixel++)
-            for (int64_t k = 0; k < c; k += 2 * LANES) {
-                __m512 y[2];
-                load(n->x + pixel * c + k, y, y + 1);
-                for (int h = 0; h < 2; h++) {
-                    y[h] = _mm512_fmadd_ps(y[h], _mm512_loadu_ps(scale + k + LANES * h),
-                                           _mm512_loadu_ps(shift + k + LANES * h));
-                    if (n->silu) y[h] = silu_of(y[h]);
-                }
-                _mm512_storeu_si512(n->out + pixel * c + k,
-                                    (__m512i)_mm512_cvtne2ps_pbh(y[1], y[0]));
+            for (int64_t k = 0; k < c; k += LANES) {
+                __m512 y = _mm512_fmadd_ps(load(n->x + pixel * c + k), _mm512_loadu_ps(scale + k),
+                                           _mm512_loadu_ps(shift + k));
+                if (n->silu) y = silu_of(y);
+                _mm256_storeu_si256((__m256i *)(n->out + pixel * c + k),
+                                    (__m256i)_mm512_cvtneps_pbh(y));
             }
     }
 }
@@ -129,16 +118,16 @@ static void scaler(void *arg) {
 // Gives 0, or 1 for want of memory.
 int group_norm(const Norm *n) {
     int64_t c = n->channels, parts = n->pixels * c / TASK;
-    Pass p = {.norm = n, .parts = parts < 1 ? 1 : parts < TASKS ? parts : TASKS};
+    Pass p = {.norm = n, .parts = parts < 1 ? 1 : parts < PARTS ? parts : PARTS};
     int64_t tasks = n->pictures * p.parts;
     p.sums = calloc(tasks * 2 * c, sizeof(double));
     p.scale = malloc(n->pictures * 2 * c * sizeof(float));
     int failed = !p.sums || !p.scale;
     if (!failed) {
         p.shift = p.scale + n->pictures * c;
-        run(adder, &p, &p.next, tasks, n->threads);
-        for (int64_t i = 0; i < n->pictures; i++) fit(&p, i);
-        run(scaler, &p, &p.next, tasks, n->threads);
+        run(sum_up, &p, &p.next, tasks, n->threads);
+        for (int64_t i = 0; i < n->pictures; i++) scales_of(&p, i);
+        run(apply, &p, &p.next, tasks, n->threads);
     }
     free(p.sums), free(p.scale);
     return failed;

@@ -8,16 +8,17 @@ enum { LANES = 16 };
 
 typedef uint16_t bf16;
 
-// Of the OpenMP that torch has loaded, to run on torch's own threads: they are awake, where new ones
-// would take turns with them.
+// Of the OpenMP that torch has loaded, whose threads torch's operators run on, and wait awake for the
+// next; others would compete with them. Without it this library does not load, and torch does its work.
 void GOMP_parallel(void (*part)(void *), void *data, unsigned threads, unsigned flags);
 
-// `part` by as many threads as may be, but no more than tasks; each takes the `next` until none is left.
+// `part` by all of torch's threads, each of which takes the `next` task until none is left. By fewer
+// would be slower: OpenMP ends those left over, and torch's next operator has to start them again.
 static inline void run(void (*part)(void *), void *data, int64_t *next, int64_t tasks,
                        int64_t threads) {
     *next = 0;
     if (tasks < 2 || threads < 2) part(data);
-    else GOMP_parallel(part, data, threads < tasks ? threads : tasks, 0);
+    else GOMP_parallel(part, data, threads, 0);
 }
 
 static inline int64_t take(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }

@@ -1,8 +1,8 @@
 """Attention and group normalisation of bfloat16 in C, on a CPU with AVX512-BF16.
 
 torch's attention multiplies there at a quarter of the processor's rate, where there is no AMX; its
-normalisation goes through memory five times for two. The C compiler of the system builds both when
-they are first wanted, in two or three seconds; without one, torch's do it.
+normalisation goes through memory five times instead of twice. The C compiler of the system builds
+both when they are first wanted, in two or three seconds; without one, torch's do it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import ctypes
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -28,12 +31,13 @@ from ldm.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
+_LOCK = Lock()
 SOURCES = (_HERE / "attention.c", _HERE / "group_norm.c")
 _FLAGS = (
     "-O3", "-std=gnu11", "-shared", "-fPIC", "-fno-math-errno",
     "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma",
 )  # fmt: skip
-_LARGE = 2**18  # multiplications of a product from which attention pays
+_LARGE = 2**18  # multiplications of all q k^T of a call, from which attention pays
 
 
 class _Rows(ctypes.Structure):
@@ -69,7 +73,7 @@ class _Norm(ctypes.Structure):
 def group_norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool, inplace: bool = False) -> Tensor:
     """`norm` of pictures `b c h w`, and SiLU; natively where they are bfloat16, channels last.
 
-    With `inplace` it may be in the place of `x`.
+    With `inplace` the result may be written over `x`. It has no gradients.
     """
     if not _normalises(x, norm):
         out = norm(x)
@@ -86,9 +90,9 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool, inplace: bool = Fal
 
 def _normalises(x: Tensor, norm: nn.GroupNorm) -> bool:
     return (
-        x.dtype == norm.weight.dtype == torch.bfloat16
-        and x.is_cpu
-        and x.shape[1] % 32 == 0
+        all(p.is_cpu and p.dtype == torch.bfloat16 for p in (x, norm.weight, norm.bias))
+        and all(p.is_contiguous() and len(p) == x.shape[1] for p in (norm.weight, norm.bias))
+        and x.shape[1] % 16 == 0
         and x.is_contiguous(memory_format=torch.channels_last)
         and native() is not None
     )
@@ -155,16 +159,22 @@ def _call(function: str, *, lse: Tensor | None = None, **tensors: Tensor) -> Non
         raise MemoryError("no memory for the keys and values of attention")
 
 
-@cache
 def native() -> Any:
     """The library; None where the processor is another, or it cannot be built."""
-    if not torch.cpu._is_avx512_bf16_supported():
+    with _LOCK:  # or threads would build it at once
+        return _library()
+
+
+@cache
+def _library() -> Any:
+    if sys.platform != "linux" or not torch.cpu._is_avx512_bf16_supported():
         return None
     try:
         return ctypes.CDLL(str(_build()))
-    except (OSError, subprocess.SubprocessError, ConfigError) as error:
-        said = getattr(error, "stderr", "") or error
-        logger.info("attention and normalisation by torch, two to three times as slow: %s", said)
+    except (OSError, RuntimeError, subprocess.SubprocessError, ConfigError) as error:
+        said = (getattr(error, "stderr", "") or str(error)).splitlines()
+        line = next((line for line in said if "error" in line), said[0])
+        logger.warning("bfloat16 is slower here than it could be: %s", line)
         return None
 
 
@@ -172,18 +182,21 @@ def _build() -> Path:
     """The built library in the cache folder.
 
     Raises:
-        OSError, SubprocessError, ConfigError: it cannot be built there.
+        OSError, RuntimeError, SubprocessError, ConfigError: it cannot be built there.
     """
     folder = default_cache()
     make_private(folder)
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        raise ConfigError("there is no C compiler; install one (apt install gcc)")
+    name = os.environ.get("CC") or "cc"
+    compiler = shlex.split(name)
+    if shutil.which(compiler[0]) is None:
+        raise ConfigError(
+            f"there is no C compiler {name}; install one (apt install gcc), or set CC"
+        )
     code = [file.read_bytes() for file in (*SOURCES, _HERE / "native.h")]
-    parts = (*code, " ".join(_FLAGS).encode(), compiler.encode())
+    parts = (*code, " ".join((*compiler, *_FLAGS)).encode())
     file = folder / f"native-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.so"
     if not (file.exists() and is_private(file)):
         with atomic_file(file) as temporary:
-            command = [compiler, *_FLAGS, "-o", str(temporary), *map(str, SOURCES), "-lm"]
+            command = [*compiler, *_FLAGS, "-o", str(temporary), *map(str, SOURCES), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
     return file

@@ -204,9 +204,9 @@ class Conv2d(Packed):
         other: Tensor | None = None,
         inplace: bool = False,
     ) -> Tensor:
-        """`b c h w` to `b o h w`; plus `other`, of the result's shape, in whose place it may be.
+        """`b c h w` to `b o h w`; plus `other`, of the result's shape.
 
-        `bias` as `Linear`'s.
+        With `inplace` the sum may be written over `other`. `bias` as `Linear`'s.
         """
         bias = self.bias if bias is None else bias
         x = x.contiguous(memory_format=torch.channels_last)

@@ -216,6 +216,24 @@ def test_autoencoder_equals_the_plain_one(large, operators, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_autoencoder_writes_over_nothing_that_is_read_again(dtype, operators):
+    """With and without shortcuts, and of pictures whose normalisation is the more exact one."""
+    config = replace(VAE, block_out_channels=(16, 32, 32), layers_per_block=2)
+    vae = make(AutoencoderKL, config, dtype)
+    exact, fast = deepcopy(vae).double(), prepare(deepcopy(vae))
+    images, latents = torch.randn(2, 3, 80, 72).to(dtype), torch.randn(2, 4, 20, 18).to(dtype)
+    for method, given in (
+        (lambda own, images: own.encode(images).mean, images),
+        (lambda own, latents: own.decode(latents), latents),
+    ):
+        before = given.clone()
+        found, true = method(fast, given), method(exact, given.double())
+        assert torch.equal(given, before)
+        assert distance(found, true) < 1.1 * distance(method(vae, given), true) + 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
 @pytest.mark.parametrize("kind, config", [(UNet, UNETS["deep"]), (AutoencoderKL, VAE)])
 def test_weights_move_there_and_back(kind, config, large, dtype, operators, monkeypatch):
@@ -245,6 +263,12 @@ def test_normalisation_of_large_pictures():
     x = (torch.randn(2, 16, 192, 160) + 6).to(memory_format=torch.channels_last)
     exact = deepcopy(norm).double()(x.double().contiguous())
     assert distance(FastGroupNorm(norm)(x), exact) < 1e-5 < distance(norm(x), exact)
+    kept = x.clone()
+    for silu in (False, True):
+        fast = FastGroupNorm(norm, silu=silu)
+        expected = fast(x)
+        assert torch.equal(x, kept)
+        assert torch.equal(fast(x.clone(), inplace=True), expected)
     flat = torch.full_like(x, 100.3)
     assert distance(FastGroupNorm(norm)(flat), norm.bias.view(1, 16, 1, 1).expand_as(x)) < 0.1
 
