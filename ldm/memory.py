@@ -20,15 +20,15 @@ def _libc() -> Any:
 
 
 @cache
-def keep_large_blocks() -> None:
-    """Have the C library keep freed blocks of less than 128 MiB for their next use, in this process.
+def keep_large_blocks(size: int = 2**26) -> None:
+    """Have the C library keep freed blocks of less than `size` bytes for their next use, for good.
 
     Activations of many megabytes come and go with every layer; by default the kernel maps and
     clears each anew, page by page.
     """
     if mallopt := getattr(_libc(), "mallopt", None):  # of glibc
         m_trim_threshold, m_mmap_threshold = -1, -3
-        if not mallopt(m_mmap_threshold, 2**27):
+        if not mallopt(m_mmap_threshold, size):
             mallopt(m_mmap_threshold, 2**25)  # an old glibc takes no more
         mallopt(m_trim_threshold, 2**31 - 1)
 
