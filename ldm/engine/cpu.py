@@ -192,8 +192,8 @@ def prepare(network: nn.Module) -> Prepared:
 
     Nothing in it has gradients: call it where they are off.
     """
-    # At 512 px the autoencoder's finest features have 64 MiB in half precision. In float32 they have
-    # more and gain nothing by being kept, and what is kept of the coarser ones is of no use to them.
+    # At 512 px an autoencoder's finest features have 64 MiB in half precision. In float32 they have
+    # more, and gain nothing by being kept; what is kept of the coarser ones is of no use to them.
     half = next(network.parameters()).element_size() == 2
     keep_large_blocks(2**27 if half else 2**26)
     if isinstance(network, AutoencoderKL):
