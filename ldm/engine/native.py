@@ -89,10 +89,16 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool, inplace: bool = Fal
 
 
 def _normalises(x: Tensor, norm: nn.GroupNorm) -> bool:
+    weight, bias, channels = norm.weight, norm.bias, x.shape[1]
     return (
-        all(p.is_cpu and p.dtype == torch.bfloat16 for p in (x, norm.weight, norm.bias))
-        and all(p.is_contiguous() and len(p) == x.shape[1] for p in (norm.weight, norm.bias))
-        and x.shape[1] % 16 == 0
+        x.dtype == weight.dtype == bias.dtype == torch.bfloat16
+        and x.is_cpu
+        and weight.is_cpu
+        and bias.is_cpu
+        and weight.shape == bias.shape == (channels,)
+        and weight.is_contiguous()
+        and bias.is_contiguous()
+        and channels % 16 == 0
         and x.is_contiguous(memory_format=torch.channels_last)
         and native() is not None
     )
@@ -172,9 +178,10 @@ def _library() -> Any:
     try:
         return ctypes.CDLL(str(_build()))
     except (OSError, RuntimeError, subprocess.SubprocessError, ConfigError) as error:
-        said = (getattr(error, "stderr", "") or str(error)).splitlines()
-        line = next((line for line in said if "error" in line), said[0])
-        logger.warning("bfloat16 is slower here than it could be: %s", line)
+        said = str(error)
+        if isinstance(error, subprocess.CalledProcessError):
+            said = next((line for line in error.stderr.splitlines() if "error" in line), said)
+        logger.warning("bfloat16 is slower here than it could be: %s", said)
         return None
 
 
@@ -186,8 +193,11 @@ def _build() -> Path:
     """
     folder = default_cache()
     make_private(folder)
-    name = os.environ.get("CC") or "cc"
-    compiler = shlex.split(name)
+    name = os.environ.get("CC", "").strip() or "cc"
+    try:
+        compiler = shlex.split(name)
+    except ValueError as error:
+        raise ConfigError(f"CC={name}: {error}; set it to a C compiler") from None
     if shutil.which(compiler[0]) is None:
         raise ConfigError(
             f"there is no C compiler {name}; install one (apt install gcc), or set CC"

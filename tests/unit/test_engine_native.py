@@ -279,8 +279,12 @@ def test_threads_build_it_once(anew, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "without", ["a compiler", "a compiler that works", "a folder of one's own", "the processor"]
-)
+    "without",
+    [
+        "a compiler", "a compiler that works", "the other quote", "time", "a folder of one's own",
+        "the processor",
+    ],
+)  # fmt: skip
 def test_without_it_torch_does_it(without, anew, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: without != "the processor")
@@ -290,6 +294,19 @@ def test_without_it_torch_does_it(without, anew, tmp_path, monkeypatch, caplog):
         monkeypatch.setenv("CC", "no-such-compiler -v")
     elif without == "a compiler that works":
         monkeypatch.setenv("CC", "cc -fno-such-option")
+    elif without == "the other quote":
+        monkeypatch.setenv("CC", "'cc")
+    elif without == "time":
+        slow = tmp_path / "slow"
+        slow.write_text("#!/bin/sh\necho an error >&2\nexec sleep 60\n")
+        slow.chmod(0o755)
+        run = native.subprocess.run
+        monkeypatch.setattr(
+            native.subprocess,
+            "run",
+            lambda *args, **options: run(*args, **options | {"timeout": 1}),
+        )
+        monkeypatch.setenv("CC", str(slow))
     elif without == "a folder of one's own":
         (tmp_path / "ldm" / "compiled").mkdir(parents=True)
         (tmp_path / "ldm" / "compiled").chmod(0o777)
@@ -302,6 +319,8 @@ def test_without_it_torch_does_it(without, anew, tmp_path, monkeypatch, caplog):
     words = {
         "a compiler": "there is no C compiler no-such-compiler -v",
         "a compiler that works": "-fno-such-option",
+        "the other quote": "No closing quotation",
+        "time": "timed out",
         "a folder of one's own": "others can write there",
     }
     assert words.get(without, "") in caplog.text
