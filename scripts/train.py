@@ -7,6 +7,7 @@ With nothing said it trains the U-Net of configs/flowers/unet.yaml, with the bun
 
 from __future__ import annotations
 
+import faulthandler
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def read_options(arguments: Sequence[str], script: str) -> tuple[str, TrainingCo
 
 
 def main(arguments: Sequence[str]) -> None:
+    faulthandler.enable()  # a crash in native code, hours from now, tells where it was
     stage, config = read_options(arguments, "train.py")
     sources = open_data(config)
 

@@ -220,14 +220,17 @@ def test_stopped_before_the_first_step(pictures, tmp_path):
     assert launch.ended < GONE and launch.saved == inf, launch.text
 
 
-def test_a_process_that_is_killed_ends_the_others(pictures, tmp_path):
-    """Of two; the one that is left says so in one line."""
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGABRT])
+def test_a_process_that_is_killed_ends_the_others(pictures, tmp_path, how):
+    """Of two; the one that is left says so in one line. One that crashes tells where it was."""
     launch = Launch("torchrun", 2, "wait", tmp_path / "run", pictures)
     launch.wait()
     [lost] = [p for p in processes(launch.mark) if _is_rank(p, launch.process.pid, "1")]
-    os.kill(lost, signal.SIGKILL)
+    os.kill(lost, how)
     launch.follow()
     assert launch.code == 1 and launch.ended < 60, launch.text
+    where = ("Fatal Python error: Aborted", "training/loop.py")
+    assert all((words in launch.text) == (how == signal.SIGABRT) for words in where), launch.text
     assert launch.text.count("error: another process of this run has ended, see what it said") == 1
 
 

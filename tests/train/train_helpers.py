@@ -3,6 +3,7 @@
 python train_helpers.py '[["unet", {"output_dir": ...}, {"kill_at": 23}], ...]'
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -265,6 +266,7 @@ def _record(file: Path) -> None:
 
 
 def _main(plan: list[tuple[str, dict[str, Any], dict[str, Any]]]) -> None:
+    faulthandler.enable()
     import open_clip  # noqa: F401  imported once, before the forks
     import transformers  # noqa: F401
 
